@@ -1,0 +1,69 @@
+"""The Triton kernels as compiled for real GPUs, without one: registers, shared memory, width of loads.
+
+Each architecture has a process of its own, since Triton must not be in interpreter mode and both run at once. To save
+time fp32 is compiled for sm_80 only, fp16 and bf16 for sm_90 only; with KERNELS_COMPILE=all every dtype for both.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels import aot
+
+ROOT = Path(__file__).resolve().parent.parent
+
+CODE = """
+import os, sys, warnings
+warnings.simplefilter("ignore")
+import torch
+from kernels import aot, bench
+
+arch = int(sys.argv[1])
+seen = 0
+
+def wide(kernel):  # sampling gathers single cells; the sum of dO * O and of parts are tiny
+    return 4 if kernel in ("_sample_kernel", "_delta_kernel", "_sum_parts_kernel") else 16
+
+def check(name, dtype, kernels):
+    global seen
+    for kernel in kernels:
+        if id(kernel) in done:
+            continue  # the same specialisation, already checked for another shape
+        done[id(kernel)] = kernel
+        seen += 1
+        used = aot.usage(kernel)
+        where = f"{name}, {dtype}, sm_{arch}: {used}"
+        assert used["stack"] == 0, "registers spill: " + where
+        assert used["shared"] <= aot.SHARED_LIMIT[arch], "too much shared memory: " + where
+        assert used["vector"] >= wide(used["name"]), "narrow loads: " + where
+        assert dtype != torch.float32 or "tf32" not in kernel.asm["ptx"], "TF32 instead of IEEE: " + where
+
+done = {}
+some = {80: [torch.float32], 90: [torch.float16, torch.bfloat16]}[arch]
+for dtype in bench.DTYPES if os.environ.get("KERNELS_COMPILE") == "all" else some:
+    for name, shape in bench.ATTENTION.items():
+        check(name, dtype, bench.compile_attention(shape, dtype, arch))
+    for name, shape in bench.COSINE.items():
+        for layout in (torch.contiguous_format, torch.channels_last):
+            check(name, dtype, bench.compile_cosine(shape, dtype, arch, layout))
+print(seen, "kernels")
+"""
+
+
+@pytest.mark.skipif(aot.unavailable() is not None, reason=f"nothing can be compiled here: {aot.unavailable()}")
+def test_compiled_kernels():
+    """At every shape the scripts use, for A100 (sm_80) and H100 (sm_90): no spilled register, shared memory within the
+    card's limit, 16-byte loads, and fp32 without TF32."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    running = [
+        subprocess.Popen([sys.executable, "-c", CODE, str(arch)], cwd=ROOT, env=environment, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for arch in aot.SHARED_LIMIT
+    ]
+    results = [process.communicate() for process in running]
+    for process, (output, errors) in zip(running, results):
+        assert process.returncode == 0, errors
+        assert int(output.split()[0]) > 40

@@ -1,0 +1,294 @@
+"""The plain PyTorch path of kernels/: what runs on CPUs, and the specification that the Triton kernels are held to."""
+
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels
+from kernels import cosine_loss, cosine_map, cross_attention
+from kernels.backend import HAS_TRITON
+
+
+def heads(batch, H, N, D, dtype=torch.float64):
+    """A random (batch, H, N, D) tensor as head splitting makes it: a view of (batch, N, H*D)."""
+    return torch.randn(batch, N, H * D).to(dtype).unflatten(-1, (H, D)).transpose(1, 2).requires_grad_()
+
+
+def literal_attention(q, k, v, scale, window=None):
+    """The formula, one query at a time."""
+    o = torch.zeros(max(len(q), len(k)), q.shape[1], q.shape[2], q.shape[3], dtype=q.dtype)
+    for b in range(o.shape[0]):
+        for h in range(o.shape[1]):
+            for n in range(o.shape[2]):
+                scores = scale * k[b % len(k), h] @ q[b % len(q), h, n]  # (M,)
+                if window is not None:
+                    height, width, radius = window
+                    for m in range(height * width):
+                        if abs(n // width - m // width) <= radius and abs(n % width - m % width) <= radius:
+                            scores[m] = -math.inf
+                if (scores > -math.inf).any():
+                    o[b, h, n] = scores.softmax(0) @ v[b % len(k), h]
+    return o
+
+
+@pytest.mark.parametrize("batches", [(2, 2), (1, 2), (2, 1)])
+@pytest.mark.parametrize("window", [None, (3, 4, 1), (4, 3, 0), (3, 4, 2), (3, 4, 9)])
+def test_attention_is_the_formula(batches, window):
+    """Output equals the formula written out, with tokens shared by the batch and with every kind of window: some keys
+    forbidden, only oneself, all keys of the middle queries (their output is zero, not NaN), all keys of all."""
+    q, k, v = heads(batches[0], 2, 12, 8), heads(batches[1], 2, 12, 8), heads(batches[1], 2, 12, 8)
+    o = cross_attention(q, k, v, window=window)
+    torch.testing.assert_close(o, literal_attention(q, k, v, 8**-0.5, window).detach())
+    grads = torch.autograd.grad(o.square().sum(), (q, k, v))
+    assert all(g.isfinite().all() and g.shape == x.shape for g, x in zip(grads, (q, k, v)))
+
+
+@pytest.mark.parametrize("window, dropout_p", [(None, 0.0), ((2, 3, 1), 0.0), (None, 0.3)])
+def test_attention_gradients(window, dropout_p):
+    """Gradients agree with finite differences; with dropout too, where the seed must fix the mask."""
+    q, k, v = heads(1, 2, 6, 3), heads(2, 2, 6, 3), heads(2, 2, 6, 3)
+    assert torch.autograd.gradcheck(
+        lambda *x: cross_attention(*x, scale=0.7, window=window, dropout_p=dropout_p, seed=3), (q, k, v)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_attention_precision(dtype):
+    """In every dtype, on both code paths, the error against float64 is of the order of one rounding."""
+    q, k, v = (heads(2, 3, n, 16, dtype) for n in (10, 49, 49))
+    exact = cross_attention(*(x.double() for x in (q, k, v)))
+    for dropout_p in (0.0, 1e-9):  # 1e-9 rounds to no dropout at all, but takes the other branch
+        o = cross_attention(q, k, v, dropout_p=dropout_p)
+        assert o.dtype == dtype
+        assert (o - exact).abs().max() < 8 * torch.finfo(dtype).eps
+
+
+def test_dropout_is_reproducible_and_unbiased():
+    """torch.manual_seed governs the mask; one call costs one draw of the global generator (so that runs resume to
+    the same bits); the dropped fraction is dropout_p; and the mean over many masks is the output without dropout."""
+    q, k, v = (heads(1, 4, 100, 8, torch.float32).detach() for _ in range(3))
+    torch.manual_seed(5)
+    first, second = (cross_attention(q, k, v, dropout_p=0.25) for _ in range(2))
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(first, cross_attention(q, k, v, dropout_p=0.25)) and not torch.equal(first, second)
+    torch.randint(2**31 - 1, ())
+    assert torch.equal(after, torch.rand(1))
+    torch.manual_seed(5)
+    cross_attention(q, k, v)
+    torch.randint(2**31 - 1, ()), torch.randint(2**31 - 1, ())
+    assert torch.equal(after, torch.rand(1)), "without dropout nothing may be drawn"
+
+    eye = torch.eye(100).expand(1, 4, -1, -1)  # values that make the output the weights themselves
+    q100 = torch.zeros(1, 4, 100, 100)  # equal scores: every weight is 1/100
+    weights = torch.stack([cross_attention(q100, q100, eye, dropout_p=0.25, seed=i) for i in range(30)])
+    assert abs((weights == 0).float().mean() - 0.25) < 4 * (0.25 * 0.75 / weights.numel()) ** 0.5
+    assert abs(weights.mean() * 100 - 1) < 0.005
+    assert weights.unique().numel() == 2  # 0 and 1/75
+
+
+def test_attention_under_autocast():
+    """Mixed inputs, as autocast produces them (fp32 tokens, bf16 features), come out in autocast's dtype."""
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(2, 2, 7, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert cross_attention(q, k, k).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(q=torch.zeros(2, 4, 8)), r"expected q \(B\|1, H, N, D\)"),
+        (dict(k=torch.zeros(3, 2, 6, 8), v=torch.zeros(3, 2, 6, 8)), "batch 2 of q and 3 of k, v"),
+        (dict(v=torch.zeros(2, 2, 5, 8)), "expected q"),
+        (dict(v=torch.zeros(2, 2, 6, 8).double()), "one floating dtype"),
+        (dict(window=(2, 2, 1)), "needs radius >= 0 and 4 queries"),
+        (dict(dropout_p=1.0), "dropout_p 1.0"),
+        (dict(backend="cuda"), "choose one of auto, triton, torch"),
+    ],
+)
+def test_attention_refuses(change, message):
+    """Arguments that do not fit end with one line that says what is wrong."""
+    arguments = dict(q=torch.zeros(2, 2, 6, 8), k=torch.zeros(2, 2, 6, 8), v=torch.zeros(2, 2, 6, 8)) | change
+    with pytest.raises(ValueError, match=message):
+        cross_attention(**arguments)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def published_map(teachers, students, size, reduce):
+    """The anomaly map as the published code of reverse distillation computes it."""
+    maps = []
+    for t, s in zip(teachers, students):
+        d = 1 - F.cosine_similarity(t, s, dim=1)
+        maps.append(F.interpolate(d[:, None], size=size, mode="bilinear", align_corners=True)[:, 0])
+    stack = torch.stack(maps)
+    return {"sum": stack.sum(0), "mean": stack.mean(0), "product": stack.prod(0)}[reduce]
+
+
+def features(batch, shapes, dtype=torch.float64):
+    """Random teachers and students that resemble them."""
+    teachers = [torch.randn(batch, *shape).to(dtype) for shape in shapes]
+    return teachers, [(t + 0.5 * torch.randn(t.shape)).to(dtype).requires_grad_() for t in teachers]
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean", "product"])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "view"])
+def test_map_is_the_published_one(reduce, layout):
+    """Equals cosine similarity, bilinear interpolation and reduction, whatever the memory layout; the statistics are
+    those of the map."""
+    teachers, students = features(3, [(19, 13, 7), (1, 4, 5), (8, 1, 1)])
+    if layout == "channels_last":
+        teachers = [t.contiguous(memory_format=torch.channels_last) for t in teachers]
+    if layout == "view":
+        students = [F.pad(s, (1, 2, 3, 1))[:, :, 3:-1, 1:-2] for s in students]
+    expected = published_map(teachers, students, (20, 17), reduce)
+    maps, mean, maximum = cosine_map(teachers, students, (20, 17), reduce, return_stats=True)
+    torch.testing.assert_close(maps, expected)
+    torch.testing.assert_close(mean, expected.mean(dim=(1, 2)).detach())
+    torch.testing.assert_close(maximum, expected.amax(dim=(1, 2)).detach())
+    assert not mean.requires_grad and not maximum.requires_grad
+    expected = published_map(teachers, students, (20, 20), reduce)
+    torch.testing.assert_close(cosine_map(teachers, students, 20, reduce), expected)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_loss_is_the_published_one(flat):
+    """flat=True is the authors' code (one cosine per image), flat=False the paper's formula (one per location)."""
+    teachers, students = features(3, [(19, 13, 7), (1, 4, 5)])
+    expected = 0
+    for t, s in zip(teachers, students):
+        if flat:
+            expected += (1 - F.cosine_similarity(t.flatten(1), s.flatten(1), dim=1)).mean()
+        else:
+            expected += (1 - F.cosine_similarity(t, s, dim=1)).mean()
+    torch.testing.assert_close(cosine_loss(teachers, students, flat), expected)
+
+
+def test_map_and_loss_gradients():
+    """Gradients in the students agree with finite differences; teachers are constants."""
+    teachers, students = features(2, [(3, 4, 3), (2, 1, 2)])
+    for reduce in ("sum", "mean", "product"):
+        assert torch.autograd.gradcheck(lambda *s: cosine_map(teachers, s, (5, 6), reduce), students)
+    for flat in (True, False):
+        assert torch.autograd.gradcheck(lambda *s: cosine_loss(teachers, s, flat), students)
+    as_teachers = [t.clone().requires_grad_() for t in teachers]
+    cosine_loss(as_teachers, students).backward()
+    assert all(t.grad is None for t in as_teachers)
+
+
+@given(scale=st.floats(1e-3, 1e3), angle=st.floats(0, math.pi), channels=st.integers(2, 40))
+@settings(max_examples=30, deadline=None)
+def test_distance_depends_on_the_angle_only(scale, angle, channels):
+    """1 - cos(angle), whatever the lengths of the vectors and the number of channels; within [0, 2]."""
+    basis = torch.linalg.qr(torch.randn(channels, 2)).Q  # two orthogonal unit vectors
+    t = basis[:, 0].view(1, -1, 1, 1)
+    s = scale * (math.cos(angle) * basis[:, 0] + math.sin(angle) * basis[:, 1]).view(1, -1, 1, 1)
+    d = cosine_map([t], [s], 1).item()
+    assert abs(d - (1 - math.cos(angle))) < 1e-5
+
+
+def test_zero_features():
+    """An all-zero feature vector (a dead ReLU) has distance 1 and a zero gradient, not NaN."""
+    teachers, students = features(1, [(4, 2, 2)], torch.float32)
+    dead = torch.zeros_like(students[0]).requires_grad_()
+    assert torch.equal(cosine_map(teachers, [dead], 2), torch.ones(1, 2, 2))
+    for loss in (cosine_map(teachers, [dead], 2).sum(), cosine_loss(teachers, [dead]), cosine_loss([dead], teachers)):
+        assert loss.isfinite()
+    assert torch.autograd.grad(cosine_loss(teachers, [dead], flat=False), dead)[0].isfinite().all()
+
+
+def test_half_precision_features():
+    """bf16 features are summed in fp32: the map is as exact as the rounded features allow."""
+    teachers, students = features(2, [(272, 6, 6)], torch.bfloat16)
+    exact = cosine_map([t.double() for t in teachers], [s.double() for s in students], 12)
+    maps = cosine_map(teachers, students, 12)
+    assert maps.dtype == torch.float32 and (maps - exact).abs().max() < 1e-6
+    loss = cosine_loss(teachers, students)
+    assert loss.dtype == torch.float32 and torch.autograd.grad(loss, students)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(students=[]), "1 teacher and 0 student maps"),
+        (dict(students=[torch.zeros(2, 3, 4, 5)]), "scale 0: expected two"),
+        (dict(students=[torch.zeros(2, 3, 4, 4, dtype=torch.long)]), "floating-point maps"),
+        (dict(reduce="max"), "choose one of sum, mean, product"),
+    ],
+)
+def test_map_refuses(change, message):
+    """Arguments that do not fit end with one line that says what is wrong."""
+    arguments = dict(teachers=[torch.zeros(2, 3, 4, 4)], students=[torch.zeros(2, 3, 4, 4)], size=8) | change
+    with pytest.raises(ValueError, match=message):
+        cosine_map(**arguments)
+
+
+def test_map_is_fast_on_a_cpu():
+    """At the feature sizes of reverse distillation, at least three times faster than the published code.
+
+    Processor time on one thread, best of several in turns, so that other programs on the machine do not decide it.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        shapes = [(256, 64, 64), (512, 32, 32), (1024, 16, 16)]
+        teachers, students = features(2, shapes, torch.float32)
+        best = {}
+        with torch.no_grad():
+            for _ in range(6):
+                for name, function in (("published", published_map), ("ours", cosine_map)):
+                    start = time.process_time()
+                    function(teachers, students, 256, "sum")
+                    best[name] = min(best.get(name, math.inf), time.process_time() - start)
+        assert best["published"] > 3 * best["ours"], best
+    finally:
+        torch.set_num_threads(threads)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_backend_choice():
+    """"triton" on CPU tensors is refused with a clear line, by option and by set_backend; "auto" and "torch" run."""
+    x = torch.randn(1, 1, 4, 8)
+    expected = cross_attention(x, x, x, backend="torch")
+    assert torch.equal(cross_attention(x, x, x), expected)
+    message = "needs CUDA tensors" if HAS_TRITON else "needs the triton package"
+    with pytest.raises(RuntimeError, match=message):
+        cross_attention(x, x, x, backend="triton")
+    with pytest.raises(ValueError, match="choose one of"):
+        kernels.set_backend("fast")
+    try:
+        kernels.set_backend("triton")
+        with pytest.raises(RuntimeError, match=message):
+            cosine_map([x], [x], 4)
+        kernels.set_backend("torch")
+        assert torch.equal(cross_attention(x, x, x), expected)
+    finally:
+        kernels.set_backend("auto")
+
+
+def test_without_triton():
+    """Where Triton is not installed (macOS, Windows) everything imports and runs."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, kernels\n"
+        "x = torch.randn(1, 2, 4, 8, requires_grad=True)\n"
+        "kernels.cross_attention(x, x, x).sum().backward()\n"
+        "kernels.cosine_map([x], [x], 4).sum().backward()\n"
+        "try: kernels.cosine_loss([x], [x], backend='triton')\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "needs the triton package" in done.stdout
