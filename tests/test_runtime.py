@@ -1,0 +1,218 @@
+"""The run: options and presets, seeds, who draws which sample, atomic files, checkpoints, the ends of a program."""
+
+import dataclasses
+import errno
+import os
+import sys
+
+import pytest
+import torch
+
+from common import UsageError, runtime
+from common.runtime import option
+
+
+@dataclasses.dataclass
+class Args(runtime.Options):
+    width: int = option(8, "width", group="model", low=1)
+    rate: float = option(0.5, "rate", group="training", low=0.0, high=1.0)
+    trick: bool = option(True, "a trick", group="ablations")
+
+
+PRESETS = {"paper": {}, "laptop": {"width": 2, "rate": 0.25}}
+
+
+@pytest.fixture(autouse=True)
+def program_name(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["method.py"])
+
+
+def parse(*words):
+    return runtime.parse(Args, PRESETS, "One line.\n\nMore.", list(words))
+
+
+def test_preset_follows_the_data_and_a_given_option_wins():
+    """Contract: paper for the benchmarks, laptop otherwise; every value can be overridden, also back to its default."""
+    assert (parse("--data", "mvtec").width, parse("--data", "mvtec").preset) == (8, "paper")
+    assert parse("--data", "mvtec+btad").preset == "paper" and parse("--data", "mvtec+synth").preset == "laptop"
+    assert (parse().width, parse().rate) == (2, 0.25)
+    assert parse("--width", "8").width == 8
+    assert parse("--data", "mvtec", "--preset", "laptop").width == 2
+    assert parse("--no-trick").trick is False
+    assert parse("--data", "mvtec").out == os.path.join("runs", "method-mvtec")
+    assert parse("--data", "some/folder").out == os.path.join("runs", "method-folder")
+
+
+@pytest.mark.parametrize("words, named", [
+    (["--widht", "3"], "--widht"), (["--width", "three"], "--width"), (["--width", "0"], "--width"),
+    (["--rate", "nan"], "--rate"), (["--rate", "1.5"], "--rate"), (["--device", "tpu"], "--device"),
+    (["--predict", "x.png"], "--eval"), (["--resume", "--overwrite"], "--resume"), (["--wid", "3"], "--wid"),
+    (["--corrupt", "fog"], "fog")])
+def test_wrong_options_are_named_in_one_line(words, named):
+    """No usage dump, no traceback: one line that names the option. Abbreviations are refused: they rot."""
+    with pytest.raises(UsageError) as error:
+        parse(*words)
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_help_explains_every_option(capsys):
+    """Every field has its line in --help, with its default or its presets."""
+    with pytest.raises(SystemExit) as end:
+        parse("--help")
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    for field in dataclasses.fields(Args):
+        assert "--" + field.name.replace("_", "-") in text and field.metadata["help"][:20] in " ".join(text.split())
+    assert "laptop: 2" in text
+
+
+def make_run(tmp_path, **more):
+    return runtime.Run("method", tmp_path, torch.device("cpu"), **more)
+
+
+def test_ranks_together_draw_what_one_process_draws(tmp_path):
+    """torchrun: step by step, two ranks with batch 3 see the samples of one process with batch 6; a later start
+    (resume) sees the same as the tail of the whole."""
+    one = list(make_run(tmp_path).positions(0, 4, 6))
+    two = [list(make_run(tmp_path, rank=r, world=2).positions(0, 4, 3)) for r in (0, 1)]
+    assert [a + b for a, b in zip(*two)] == one
+    assert list(make_run(tmp_path).positions(2, 4, 6)) == one[2:]
+
+
+def test_seed_depends_on_every_number_and_on_the_rank(tmp_path):
+    """Dropout noise must differ between steps and ranks, and repeat for the same ones."""
+    def draw(rank, *numbers):
+        make_run(tmp_path, rank=rank).seed(*numbers)
+        return torch.rand(3).tolist()
+
+    assert draw(0, 1, 2) == draw(0, 1, 2)
+    assert len({tuple(draw(r, a, b)) for r in (0, 1) for a in (0, 1) for b in (0, 1)}) == 8
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
+    """Full disk in the middle of a checkpoint: the one before it stays whole."""
+    path = tmp_path / "checkpoint.pt"
+    runtime.write_atomic(path, b"old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        runtime.write_atomic(path, b"new")
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_real_full_device_ends_in_one_line(capsys):
+    """/dev/full answers every write with 'no space left': the program says so and ends with status 2."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+
+    def main():
+        with open("/dev/full", "wb", buffering=0) as f:
+            f.write(b"x")
+
+    with pytest.raises(SystemExit) as end:
+        runtime.launch(main)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1 and "No space left" in err
+
+
+def test_launch_prints_the_last_line_of_a_loader_error(capsys):
+    """A UsageError in a DataLoader process arrives wrapped in a traceback; the user sees the message only."""
+    class Bad(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, i):
+            raise UsageError("photo.png: truncated; replace it")
+
+    with pytest.raises(SystemExit) as end:
+        runtime.launch(lambda: next(iter(torch.utils.data.DataLoader(Bad(), num_workers=1))))
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "method.py: photo.png: truncated; replace it\n"
+
+
+def test_other_errors_keep_their_traceback():
+    """Our own faults must not be dressed up as the user's."""
+    def main():
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        runtime.launch(main)
+
+
+def test_log_is_rewound_to_the_checkpoint(tmp_path):
+    """Lines after the checkpoint, and a line cut short by a crash, are written again by the resumed run."""
+    run = make_run(tmp_path)
+    for step in (10, 20, 30):
+        run.log({"step": step})
+    with open(tmp_path / "log.jsonl", "a") as f:
+        f.write('{"step": 4')
+    run.rewind_log(20)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 10}\n{"step": 20}\n'
+
+
+def test_bad_checkpoints_are_named(tmp_path):
+    """Missing, no checkpoint at all, half a file, another script's, another model's: one line each."""
+    path = tmp_path / "c.pt"
+    for content, said in ((None, "no such"), (b"rubbish", "not a readable")):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(UsageError, match=said):
+            runtime.load_checkpoint(path)
+    torch.save({"weights": torch.zeros(1)}, path)
+    with pytest.raises(UsageError, match="not a checkpoint of these scripts"):
+        runtime.load_checkpoint(path)
+    torch.save({"method": "roads", "args": {}, "model": torch.nn.Linear(2, 3).state_dict()}, path)
+    with pytest.raises(UsageError, match="of roads.py, not of onenip.py"):
+        runtime.load_checkpoint(path, "onenip")
+    with pytest.raises(UsageError, match="does not fit") as error:
+        runtime.load_model(torch.nn.Linear(2, 4), runtime.load_checkpoint(path)["model"], path)
+    assert "\n" not in str(error.value)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UsageError, match="not a readable"):
+        runtime.load_checkpoint(path)
+
+
+def test_nan_loss_stops_the_run(tmp_path):
+    """A loss that is not finite ends the run before a checkpoint of it can be written."""
+    run = make_run(tmp_path)
+    run.check_finite(torch.tensor(0, dtype=torch.int32), 5)
+    with pytest.raises(UsageError, match="NaN or infinite by step 5"):
+        run.check_finite(torch.tensor(1, dtype=torch.int32), 5)
+
+
+def test_precompute_keeps_within_its_share(tmp_path):
+    """Features are computed once per image, in order, batch by batch; too large a result is not kept."""
+    images = [torch.full((3, 2, 2), i, dtype=torch.uint8) for i in range(7)]
+    seen = []
+
+    def function(batch):
+        seen.append(len(batch))
+        return batch.float().mean((1, 2, 3))[:, None]
+
+    result = runtime.precompute(make_run(tmp_path), function, images, 3, memory_share=0.5)
+    assert result.tolist() == [[float(i)] for i in range(7)] and seen == [3, 3, 1]
+    assert runtime.precompute(make_run(tmp_path), function, images, 3, memory_share=0.0) is None
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path):
+    """--out with a run in it is refused, and untouched; --overwrite replaces it; a file in its place is refused."""
+    out = tmp_path / "run"
+    runtime.start(parse("--out", str(out)), "method").open(parse("--out", str(out)))
+    (out / "metrics.json").write_text("{}")
+    with pytest.raises(UsageError, match="finished run"):
+        runtime.start(parse("--out", str(out)), "method")
+    (out / "metrics.json").unlink()
+    with pytest.raises(UsageError, match="interrupted run"):
+        runtime.start(parse("--out", str(out)), "method")
+    with pytest.raises(UsageError, match="--rate 0.25, not 0.75"):
+        parse("--out", str(out), "--resume", "--rate", "0.75")
+    assert parse("--out", str(out), "--resume").rate == 0.25
+    runtime.start(parse("--out", str(out), "--overwrite"), "method")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        runtime.start(parse("--out", str(tmp_path / "file")), "method")
+    with pytest.raises(UsageError, match="holds no run"):
+        parse("--out", str(tmp_path / "nothing"), "--resume")
