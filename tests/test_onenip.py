@@ -1,0 +1,689 @@
+"""OneNIP: sizes against the paper's, every loss against a literal transcription, what learns and what must not, the
+pseudo-anomalies, the scoring, and the whole program through its command line."""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import onenip
+from common import UsageError, data, runtime
+
+TINY = dict(hidden=32, heads=2, mlp=64, encoder_layers=1, decoder_layers=2, refiner_width=8, image_size=64, dropout=0.0)
+
+
+def make(channels=24, seed=0, **changes):
+    args = onenip.Args(**{**TINY, **changes})
+    torch.manual_seed(seed)
+    return onenip.OneNIP(channels, args.image_size // 16, args), args
+
+
+def batch(b=3, channels=24, side=4, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(b, channels, side, side, generator=g) for _ in range(3)]
+
+
+# --------------------------------------------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize("changes, count", [
+    (dict(image_size=224), 8_372_625), (dict(image_size=256), 8_373_137), (dict(image_size=320), 8_374_161),
+    (dict(image_size=224, prompt="none", refiner=False), 7_717_392),  # UniAD, whose query tables grow with the size
+    (dict(image_size=256, prompt="none", refiner=False), 7_779_344),
+    (dict(image_size=320, prompt="none", refiner=False), 7_927_824)])
+def test_parameter_counts_of_the_paper(changes, count):
+    """The trainable part has exactly the size of the authors' model, at every resolution of Table 3."""
+    model = onenip.OneNIP(272, changes["image_size"] // 16, onenip.Args(**changes))
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+def test_parts_of_the_paper_model():
+    model = onenip.OneNIP(272, 14, onenip.Args())
+    size = lambda *parts: sum(p.numel() for part in parts for p in part.parameters())
+    assert size(model.encoder) == 3_159_040
+    assert size(model.decoder, model.final_attention, model.norm) == 4_477_440
+    assert size(model.refiner) == 592_769
+
+
+@pytest.mark.parametrize("prompt", ["none", "static", "dynamic"])
+def test_shapes(prompt):
+    model, args = make(prompt=prompt)
+    normal, synthetic, p = batch()
+    reconstructed, restored, mask = model(normal, synthetic, None if prompt == "none" else p)
+    assert reconstructed.shape == restored.shape == (3, 24, 4, 4)
+    assert mask.shape == (6, 64, 64) and 0 < mask.min() and mask.max() < 1
+
+
+def test_features_are_frozen_and_of_the_paper_size():
+    """Four maps of EfficientNet-B4 on one grid: 24 + 32 + 56 + 160 = 272 channels; no gradient, always eval."""
+    features = onenip.Features("efficientnet_b4", "random", 64)
+    assert features.channels == 272
+    out = features.train()(torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8))
+    assert out.shape == (1, 272, 4, 4) and not out.requires_grad
+    assert not any(p.requires_grad for p in features.parameters())
+    assert not any(m.training for m in features.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d))
+
+
+# --------------------------------------------------------------------------------- model, against transcriptions
+
+
+def literal_attention(layer, query, key, value, mask=None):
+    """Multi-head attention head by head, as in the formula."""
+    b, n, d = query.shape
+    q, k, v, width = layer.to_q(query), layer.to_k(key), layer.to_v(value), d // layer.heads
+    heads = []
+    for h in range(layer.heads):
+        part = slice(h * width, (h + 1) * width)
+        logits = q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(width)
+        if mask is not None:
+            logits = logits.masked_fill(mask, -math.inf)
+        heads.append(logits.softmax(-1) @ v[..., part])
+    return layer.to_out(torch.cat(heads, -1))
+
+
+def neighbours(side, size):
+    """UniAD's mask, position by position: True where the key lies in the size x size neighbourhood of the query."""
+    mask = torch.zeros(side * side, side * side, dtype=torch.bool)
+    for r in range(side):
+        for c in range(side):
+            for rr in range(max(0, r - size // 2), min(side, r + size // 2 + 1)):
+                for cc in range(max(0, c - size // 2), min(side, c + size // 2 + 1)):
+                    mask[r * side + c, rr * side + cc] = True
+    return mask
+
+
+@pytest.mark.parametrize("image_size", [64, 96, 224])
+def test_attention_and_neighbour_mask(image_size):
+    """Multi-head attention with the mask n x n, n = side // 2, from coordinates = with the mask of the sheet."""
+    model, args = make(image_size=image_size)
+    side = image_size // 16
+    x, y = torch.randn(2, 2, side * side, 32)
+    layer = model.decoder[0].prompt_attention
+    expected = literal_attention(layer, x, y, y, neighbours(side, side // 2))
+    torch.testing.assert_close(layer(x, y, y, model.window), expected)
+    torch.testing.assert_close(layer(x, y, y), literal_attention(layer, x, y, y))
+
+
+def test_decoder_is_equation_3():
+    """p <- MLP(attend(p, x)), x <- attend(x, p), with residuals and post-norms; the result is read from the prompt.
+    (The code behind the published tables used the MLP's output in place of the second attention.)"""
+    model, _ = make()
+    model.eval()
+    x, p = torch.randn(2, 2, 16, 32)
+    got, pos, mask = model.decode(x, p), model.position(), neighbours(4, 2)
+    for block in model.decoder:
+        p = block.norm1(p + literal_attention(block.prompt_attention, p + pos, x + pos, x, mask))
+        p = block.norm2(p + block.mlp(p))
+        x = block.norm3(x + literal_attention(block.feature_attention, x + pos, p + pos, p, mask))
+    out = model.norm(p + literal_attention(model.final_attention, p + pos, x + pos, x))
+    expected = model.output(out).transpose(1, 2).reshape(2, 24, 4, 4)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("prompt", ["none", "static"])
+def test_query_decoder_is_uniad(prompt):
+    """Each layer's query (a learned table, or the encoded prompt) asks the encoder, then the layer before."""
+    model, _ = make(prompt=prompt)
+    model.eval()
+    x, p = torch.randn(2, 2, 16, 32)
+    pos, mask, previous = model.position(), neighbours(4, 2), x
+    for block in model.decoder:
+        q = block.query.expand(2, -1, -1) if prompt == "none" else p
+        q = block.norm1(q + literal_attention(block.encoder_attention, q + pos, x + pos, x, mask))
+        q = block.norm2(q + literal_attention(block.previous_attention, q + pos, previous + pos, previous, mask))
+        previous = block.norm3(q + block.mlp(q))
+    expected = model.output(model.norm(previous)).transpose(1, 2).reshape(2, 24, 4, 4)
+    torch.testing.assert_close(model.decode(x, None if prompt == "none" else p), expected)
+
+
+def test_position_is_column_then_row():
+    model, _ = make()
+    pos = model.position()
+    for r in range(4):
+        for c in range(4):
+            torch.testing.assert_close(pos[4 * r + c], torch.cat([model.column[c], model.row[r]]))
+
+
+def test_jitter_has_the_stated_scale_and_is_off_in_evaluation():
+    """Noise of standard deviation ‖token‖ · 20 / C on every token in training (feature jitter of UniAD)."""
+    model, args = make(encoder_layers=0)
+    torch.nn.init.eye_(model.input.weight)  # encode() = the first 24 of 32 entries are the jittered token
+    features = torch.ones(400, 24, 4, 4)
+    noise = model.train().encode(features)[..., :24] - 1
+    assert noise.std().item() == pytest.approx(math.sqrt(24) * 20 / 24, rel=0.02)
+    assert torch.equal(model.eval().encode(features)[..., :24], torch.ones(400, 16, 24))
+
+
+# -------------------------------------------------------------------------------------------------------- losses
+
+
+@pytest.mark.parametrize("form", ["code", "paper"])
+def test_dice_loss(form):
+    """Pixel by pixel against Eq. 7 and against the form of the code."""
+    g = torch.Generator().manual_seed(0)
+    predicted, mask = torch.rand(2, 5, 7, generator=g), (torch.rand(2, 5, 7, generator=g) > 0.7).float()
+    total = 0.0
+    for m_hat, m in zip(predicted.tolist(), mask.tolist()):
+        overlap = squares_hat = squares = 0.0
+        for row_hat, row in zip(m_hat, m):
+            for a, b in zip(row_hat, row):
+                overlap, squares_hat, squares = overlap + a * b, squares_hat + a * a, squares + b * b
+        total += 1 - 2 * overlap / (squares_hat + squares) if form == "paper" else (
+            1 - (overlap + 1) / (squares_hat + squares + 1))
+    assert onenip.dice_loss(predicted, mask, form).item() == pytest.approx(total / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("weights, factor", [("code", 1.0), ("paper", 0.5)])
+def test_total_loss(weights, factor):
+    """Eq. 8: L_rec + L_res + λ L_seg; both feature losses have the normal features as target; L_seg runs over the
+    normal images (empty mask) and the pseudo-anomalies."""
+    model, args = make(loss_weights=weights, jitter=0.0)
+    normal, synthetic, prompt = batch()
+    mask = (torch.rand(3, 64, 64) > 0.9).float()
+    model.eval()  # fixed batch statistics, so that two passes agree
+    total, parts = onenip.losses(model, normal, synthetic, prompt, mask, args)
+    reconstructed, restored, predicted = model(normal, synthetic, prompt)
+    rec, res = ((reconstructed - normal) ** 2).mean(), ((restored - normal) ** 2).mean()
+    seg = (sum(onenip.dice_loss(predicted[i:i + 1], torch.zeros(1, 64, 64), "code") for i in range(3)) +
+           sum(onenip.dice_loss(predicted[3 + i:4 + i], mask[i:i + 1], "code") for i in range(3))) / 6
+    torch.testing.assert_close(torch.stack([parts["rec"], parts["res"], parts["seg"]]), torch.stack([rec, res, seg]))
+    torch.testing.assert_close(total, rec + res + factor * seg)
+
+
+def test_ablations_drop_their_loss():
+    for changes, names in ((dict(restoration=False), {"rec", "seg"}), (dict(refiner=False), {"rec", "res"}),
+                           (dict(restoration=False, refiner=False), {"rec"})):
+        model, args = make(**changes)
+        normal, synthetic, prompt = batch()
+        if names == {"rec"}:
+            synthetic = None
+        _, parts = onenip.losses(model, normal, synthetic, prompt, torch.zeros(3, 64, 64), args)
+        assert set(parts) == names
+
+
+@pytest.mark.parametrize("prompt", ["none", "static", "dynamic"])
+def test_gradient_reaches_every_parameter(prompt):
+    """No part of the model is dead, and the segmentation loss alone trains the transformer too (no detach)."""
+    model, args = make(prompt=prompt)
+    normal, synthetic, p = batch()
+    p = None if prompt == "none" else p
+    mask = (torch.rand(3, 64, 64) > 0.5).float()
+    total, parts = onenip.losses(model, normal, synthetic, p, mask, args)
+    parts["seg"].backward(retain_graph=True)
+    assert model.input.weight.grad.abs().sum() > 0
+    model.zero_grad()
+    total.backward()
+    # A key's bias shifts all logits of a query alike, which softmax ignores: its gradient is zero by construction. The
+    # last dynamic block's x is read by the final attention, so everything else must have one.
+    dead = [n for n, q in model.named_parameters() if not n.endswith("to_k.bias") and
+            (q.grad is None or q.grad.abs().sum() == 0)]
+    assert dead == []
+
+
+def test_overfits_a_few_images():
+    """200 steps on three images: the reconstruction error falls below a twentieth of the features' power, the mask is
+    found (paper's Dice below 0.2)."""
+    model, args = make(jitter=0.0, dice="paper")
+    normal, synthetic, prompt = batch()
+    normal = F.interpolate(F.avg_pool2d(normal, 2), scale_factor=2)  # smooth, as real features are
+    mask = torch.zeros(3, 64, 64)
+    mask[:, 16:40, 8:32] = 1
+    synthetic = normal + 3 * F.interpolate(mask[:, None], (4, 4)) * synthetic
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(200):
+        loss, parts = onenip.losses(model, normal, synthetic, prompt, mask, args)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        _, restored, predicted = model(normal, synthetic, prompt)
+    assert F.mse_loss(restored, normal) < normal.square().mean() / 20
+    assert onenip.dice_loss(predicted[3:], mask, "paper") < 0.2
+
+
+# ----------------------------------------------------------------------------------------------- pseudo-anomalies
+
+
+def photo(size=96, seed=0):
+    rng = np.random.default_rng(seed)
+    return np.asarray(Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((size, size)))
+
+
+@pytest.mark.parametrize("kind", ["patch", "scar", "draem"])
+def test_pseudo_anomalies_change_the_image_inside_the_mask_only(kind):
+    textures = onenip.Textures("", 96)
+    make = {"patch": onenip.cutpaste_patch, "scar": onenip.cutpaste_scar,
+            "draem": lambda image, rng: onenip.draem(image, rng, textures(rng))}[kind]
+    changed, areas = [], []
+    for seed in range(60):
+        image, rng = photo(seed=seed), np.random.default_rng(seed)
+        before = image.copy()
+        out, mask = make(image, rng)
+        assert out.shape == image.shape and out.dtype == np.uint8 and mask.shape == (96, 96) and mask.dtype == bool
+        assert np.array_equal(image, before), "the normal image itself must stay as it is"
+        assert np.array_equal(out[~mask], image[~mask])
+        areas.append(mask.mean())
+        if mask.any():
+            changed.append((out[mask] != image[mask]).any(-1).mean())
+    assert np.median(changed) > 0.5
+    low, high = {"patch": (0.015, 0.15), "scar": (0.0, 0.08), "draem": (0.0, 0.3)}[kind]
+    assert low <= min(areas) and max(areas) <= high
+
+
+def test_pseudo_anomalies_are_half_cutpaste_and_half_draem(monkeypatch):
+    count = {"patch": 0, "scar": 0, "draem": 0}
+
+    def counted(name):
+        def stand_in(*_):
+            count[name] += 1
+            return photo(16), np.zeros((16, 16), bool)
+        return stand_in
+
+    monkeypatch.setattr(onenip, "cutpaste_patch", counted("patch"))
+    monkeypatch.setattr(onenip, "cutpaste_scar", counted("scar"))
+    monkeypatch.setattr(onenip, "draem", counted("draem"))
+    rng = np.random.default_rng(0)
+    for _ in range(4000):
+        onenip.synthesize(photo(16), rng, lambda rng: None)
+    assert count["patch"] + count["scar"] == pytest.approx(2000, abs=150)
+    assert count["patch"] == pytest.approx(1000, abs=120)
+
+
+def test_perlin_noise():
+    """Zero at the lattice points, within ±1 after the factor √2, smooth from pixel to pixel; and the mean area of
+    DRAEM's masks is the measured 5 % (facts sheet: 5.2 %)."""
+    rng = np.random.default_rng(0)
+    noise = onenip.perlin(64, (4, 8), rng)
+    assert np.abs(noise[::16, ::8]).max() < 1e-12 and np.abs(noise).max() <= 1.0
+    assert np.abs(np.diff(noise, axis=0)).max() < 0.5
+    flat = np.zeros((128, 128, 3), np.uint8)
+    areas = [onenip.draem(flat, np.random.default_rng(i), flat)[1].mean() for i in range(150)]
+    assert 0.04 < np.mean(areas) < 0.065
+
+
+def test_texture_ops_keep_shape_and_type():
+    """All ten changes of a texture, many draws: uint8 (S, S, 3) in, the same out; the input stays as it is."""
+    assert len(onenip.TEXTURE_OPS) == 10
+    for op in onenip.TEXTURE_OPS:
+        for seed in range(8):
+            texture = photo(32, seed)
+            before = texture.copy()
+            out = np.asarray(op(texture, np.random.default_rng(seed)))
+            assert out.shape == (32, 32, 3) and out.dtype == np.uint8 and np.array_equal(texture, before)
+
+
+def test_training_stream(tiny_data):
+    """Sample k is a function of (seed, k); an epoch shows every image once; prompts are of the image's own class, all
+    of them over time, or always the fixed one; a texture folder is used."""
+    samples = data.load(str(tiny_data)).train
+    images = data.Images(samples, 64)
+    classes = sorted({s.cls for s in samples})
+    fixed = {c: next(i for i, s in enumerate(samples) if s.cls == c) for c in classes}
+    args = onenip.Args(**TINY, seed=3)
+    stream = onenip.Triplets(images, samples, args, fixed, whole_images=True)
+    n = len(samples)
+    items = [stream[k] for k in range(2 * n)]
+    assert sorted(item["index"] for item in items[:n]) == sorted(item["index"] for item in items[n:]) == list(range(n))
+    assert [i["index"] for i in items[:n]] != [i["index"] for i in items[n:]]
+    assert all(samples[i["index"]].cls == samples[i["prompt"]].cls for i in items)
+    assert any(i["index"] != i["prompt"] for i in items)
+    again = onenip.Triplets(images, samples, args, fixed, whole_images=True)[n + 5]
+    assert all(torch.equal(torch.as_tensor(again[key]), torch.as_tensor(items[n + 5][key])) for key in again)
+    assert torch.equal(again["normal_image"], images[again["index"]])
+    banked = onenip.Triplets(images, samples, dataclasses.replace(args, bank=3), fixed, False)
+    assert all(banked[k]["number"] // 3 == banked[k]["index"] for k in range(n)), "a pseudo-anomaly of this very image"
+    assert {banked[k]["number"] % 3 for k in range(n)} == {0, 1, 2}
+    once = onenip.Triplets(images, samples, dataclasses.replace(args, prompt_train="fixed"), fixed, False)
+    assert all(once[k]["prompt"] == fixed[samples[once[k]["index"]].cls] for k in range(8))
+
+
+def test_textures_from_a_folder(tmp_path):
+    with pytest.raises(UsageError, match="none: no such"):
+        onenip.Textures(str(tmp_path / "none"), 32)
+    with pytest.raises(UsageError, match="--textures"):
+        onenip.Textures(str(tmp_path), 32)
+    Image.new("RGB", (40, 50), (10, 200, 30)).save(tmp_path / "green.jpg")
+    assert np.abs(onenip.Textures(str(tmp_path), 32)(np.random.default_rng(0)).astype(int) - [10, 200, 30]).max() < 6
+
+
+# ------------------------------------------------------------------------------------------------------- scoring
+
+
+def test_combined_map_and_image_score():
+    """S = (1 - α) S_rec + α c M̂; the score is the largest mean of a 16 x 16 window that lies inside the image."""
+    g = torch.Generator().manual_seed(0)
+    s_rec, mask = 10 * torch.rand(2, 24, 24, generator=g), torch.rand(2, 24, 24, generator=g)
+    s, score = onenip.combine(s_rec, mask, 7.0, onenip.Args(alpha=0.25))
+    torch.testing.assert_close(s, 0.75 * s_rec + 0.25 * 7.0 * mask)
+    best = [max(s[b, i:i + 16, j:j + 16].mean() for i in range(9) for j in range(9)) for b in range(2)]
+    torch.testing.assert_close(score, torch.stack(best))
+    assert torch.equal(onenip.combine(s_rec, mask, 7.0, onenip.Args(refiner=False))[0], s_rec)
+
+
+class Passing(torch.nn.Module):
+    """Stands in for the frozen features: images are features already."""
+
+    def forward(self, images):
+        return images
+
+
+def scorer(**changes):
+    model, args = make(**changes)
+    pool = torch.randn(3, 24, 4, 4, generator=torch.Generator().manual_seed(5))
+    run = runtime.Run("onenip", None, torch.device("cpu"))
+    state = {"classes": ["a", "b", "c"], "scale": 2.0, "pool": pool}
+    return onenip.Scorer(args, run, Passing(), model, state), pool, model.eval(), args
+
+
+def sample(name, cls):
+    from pathlib import Path
+    return data.Sample(Path(f"{name}.png"), None, 0, cls, "good", "")
+
+
+def test_prompt_is_chosen_by_cosine_without_the_label():
+    """Each image gets the prompt with the most similar pooled features, whatever its length and its label."""
+    score, pool, model, args = scorer()
+    x = torch.stack([5 * pool[2], 0.1 * pool[0]])
+    samples = [sample("x", "a"), sample("y", "a")]
+    maps, scores = score(x, samples)
+    assert [score.chosen["x.png"], score.chosen["y.png"]] == ["c", "a"]
+    assert score.selection(samples) == 0.5
+    with torch.no_grad():
+        s_rec = (model.decode(model.encode(x), model.encode(pool[[2, 0]])) - x).norm(dim=1, keepdim=True)
+    expected = F.interpolate(s_rec, (64, 64), mode="bilinear", align_corners=True)[:, 0]
+    rest = (maps - 0.5 * expected) / (0.5 * 2.0)
+    assert 0 < rest.min() and rest.max() < 1, "what is left must be the refiner's map"
+
+
+@pytest.mark.parametrize("changes, used", [(dict(prompt_class="given"), 0), (dict(prompt_test="wrong"), 1)])
+def test_prompt_of_the_given_or_of_a_wrong_class(changes, used):
+    """Given: the true class's prompt although another is more similar; wrong: never the true class's."""
+    score, pool, model, args = scorer(**changes)
+    p = score.prompt_of(pool[[2]], [sample("x", "a")])
+    with torch.no_grad():
+        torch.testing.assert_close(p, model.encode(pool[[used]]))
+
+
+def test_score_of_an_image_does_not_depend_on_its_batch():
+    score, pool, _, _ = scorer()
+    x, samples = torch.randn(4, 24, 4, 4), [sample(i, "a") for i in range(4)]
+    together = score(x, samples)[0]
+    alone = torch.cat([score(x[i:i + 1], samples[i:i + 1])[0] for i in range(4)])
+    torch.testing.assert_close(together, alone)
+
+
+def test_paper_numbers():
+    """The column of the paper: found for its own settings only, per class, with the printed means within rounding."""
+    def numbers(name, names, **changes):
+        dataset = data.Dataset(name=name, root=None, train=[], test=[], classes=names, groups={}, problems=[])
+        return onenip.paper_numbers(dataset, onenip.Args(**changes))
+
+    names = ("bottle cable capsule carpet grid hazelnut leather metal_nut pill screw tile toothbrush transistor wood "
+             "zipper").split()
+    found = numbers("mvtec", names)
+    assert sorted(found["classes"]) == names and found["mean"]["p_ap"] == 0.637
+    assert found["classes"]["screw"] == pytest.approx(dict(i_auroc=.914, i_ap=.966, p_auroc=.989, p_ap=.398))
+    for key, tolerance in (("i_auroc", 0.0006), ("p_auroc", 0.0006), ("p_ap", 0.0006)):
+        assert np.mean([row[key] for row in found["classes"].values()]) == pytest.approx(found["mean"][key], abs=tolerance)
+    assert len(numbers("visa", ["x"] * 12)["classes"]) == 12 and len(numbers("btad", ["x"] * 3)["classes"]) == 3
+    assert "classes" not in numbers("mvtec", names, image_size=320)
+    assert numbers("mvtec+btad+visa", names)["datasets"]["btad"]["p_ap"] == 0.59
+    assert numbers("synth", ["a"]) is None and numbers("mvtec", ["screw"], classes="screw") is None
+
+
+def test_learning_rate():
+    """Paper: x 0.1 after 80 %. Cosine: rises to the full rate within 5 %, then falls to nearly nothing."""
+    assert [onenip.lr_factor(s, 100, "step") for s in (0, 79, 80, 99)] == [1.0, 1.0, 0.1, 0.1]
+    curve = [onenip.lr_factor(s, 100, "cosine") for s in range(100)]
+    assert max(curve) == curve[4] == 1.0 and curve[0] == 0.2 and curve[99] < 0.01 and curve == curve[:5] + sorted(
+        curve[5:], reverse=True)
+
+
+# ---------------------------------------------------------------------------------- the program, as a user runs it
+
+
+SMALL = ("--image-size", 64, "--hidden", 32, "--heads", 2, "--mlp", 64, "--encoder-layers", 1, "--decoder-layers", 1,
+         "--refiner-width", 8, "--batch-size", 8, "--steps", 12, "--bank", 0, "--log-every", 4, "--checkpoint-every", 4)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_data, tmp_path_factory):
+    """One small run through the real command line, in a process of its own: folder, stdout."""
+    out = tmp_path_factory.mktemp("runs") / "first"
+    words = [sys.executable, onenip.__file__, "--data", tiny_data, "--out", out, "--save-maps", *SMALL]
+    done = subprocess.run([str(w) for w in words], capture_output=True, text=True, cwd=tmp_path_factory.getbasetemp())
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_end_to_end(finished, tiny_data):
+    """Train, evaluate, report: every file of the contract, and numbers in it that belong together."""
+    out, done = finished
+    result = json.loads((out / "metrics.json").read_text())
+    assert sorted(result) == sorted("method data setting classes mean mixed paper images seconds versions seed commit".split())
+    assert result["method"] == "onenip" and result["images"] == 8 * 7 and result["paper"] is None
+    assert len(result["classes"]) == 8
+    keys = {"i_auroc", "i_ap", "i_f1max", "p_auroc", "p_ap", "p_f1max", "p_aupro", "mad"}
+    for row in [*result["classes"].values(), result["mean"], result["mixed"]]:
+        assert set(row) == keys and all(0 <= v <= 1 for v in row.values())
+    for key in keys:
+        assert result["mean"][key] == pytest.approx(np.mean([row[key] for row in result["classes"].values()]))
+    assert result["setting"]["textures"] == "drawn by code"
+    rows = list(csv.DictReader(open(out / "scores.csv")))
+    assert list(rows[0]) == ["path", "class", "label", "score"] and len(rows) == 56
+    # the table's numbers follow from the files
+    from sklearn.metrics import roc_auc_score
+    for name, row in result["classes"].items():
+        of = [(int(r["label"]), float(r["score"])) for r in rows if r["class"] == name]
+        assert row["i_auroc"] == pytest.approx(roc_auc_score(*zip(*of)))
+        kept = np.load(out / "maps" / f"{name}.npz")
+        assert row["p_auroc"] == pytest.approx(roc_auc_score(kept["masks"].ravel(), kept["maps"].ravel()))
+        assert kept["labels"].tolist() == [label for label, _ in of]
+    assert result["mean"]["p_auroc"] > 0.55, "twelve steps on pretrained features beat chance by far"
+    log = [json.loads(line) for line in open(out / "log.jsonl")]
+    assert [line["step"] for line in log] == [4, 8, 12] and {"loss", "rec", "res", "seg", "lr"} <= set(log[0])
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 12 and state["classes"] == sorted(result["classes"])
+    for name in ["overview", *result["classes"]]:
+        assert min(Image.open(out / "pictures" / f"{name}.png").size) > 100
+    assert "mixed" in done.stdout and f"{100 * result['mean']['i_auroc']:.1f}" in done.stdout
+    assert done.stderr == "", "progress bars are silent when stderr is no terminal"
+
+
+def test_second_run_and_evaluation_of_the_checkpoint_are_identical(finished, tiny_data, tmp_path, command, metrics_of):
+    """Same seed, same machine: the same bits; --eval of the checkpoint gives the run's own numbers; another seed not."""
+    first = metrics_of(finished[0])
+    assert command("onenip", "--data", tiny_data, "--out", tmp_path / "again", *SMALL).status == 0
+    assert metrics_of(tmp_path / "again") == first
+    done = command("onenip", "--eval", finished[0] / "checkpoint.pt", "--out", tmp_path / "eval")
+    assert done.status == 0 and metrics_of(tmp_path / "eval") == first
+    assert command("onenip", "--data", tiny_data, "--out", tmp_path / "other", *SMALL, "--seed", 1).status == 0
+    assert metrics_of(tmp_path / "other")["mean"] != first["mean"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_killed_and_resumed_is_uninterrupted(finished, tiny_data, tmp_path, command, metrics_of):
+    """SIGKILL between two checkpoints, then --resume: the numbers and the log of the run that was never interrupted."""
+    out = tmp_path / "run"
+    words = [sys.executable, onenip.__file__, "--data", tiny_data, "--out", out, *SMALL]
+    process = subprocess.Popen([str(w) for w in words], stdout=subprocess.DEVNULL)
+    while not (out / "checkpoint.pt").is_file():  # step 4 of 12
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "metrics.json").exists()
+    refused = command("onenip", "--data", tiny_data, "--out", out, *SMALL)
+    assert refused.status == 2 and "--resume" in refused.err
+    assert command("onenip", "--out", out, "--resume").status == 0
+    assert metrics_of(out) == metrics_of(finished[0])
+    losses = lambda folder: [(line["step"], line["loss"]) for line in map(json.loads, open(folder / "log.jsonl"))]
+    assert losses(out) == losses(finished[0])
+
+
+def test_predict(finished, tiny_data, tmp_path, command):
+    """Scores and heat-maps of unlabelled images, without the training data; a score equals the evaluation's."""
+    rows = list(csv.DictReader(open(finished[0] / "scores.csv")))
+    chosen, folder = rows[3], tiny_data / "screw" / "train"
+    done = command("onenip", "--eval", finished[0] / "checkpoint.pt", "--predict", chosen["path"], folder,
+                   "--out", tmp_path / "p")
+    assert done.status == 0
+    written = list(csv.DictReader(open(tmp_path / "p" / "predictions.csv")))
+    assert list(written[0]) == ["path", "score", "ratio", "prompt"] and len(written) == 7
+    assert float(written[0]["score"]) == pytest.approx(float(chosen["score"]), rel=1e-4)
+    assert len(list((tmp_path / "p" / "pictures").iterdir())) == 7
+
+
+def test_corruption_and_options_at_evaluation(finished, tmp_path, command, metrics_of):
+    """--corrupt and the scoring options act on a finished checkpoint; each leaves its trace in the numbers."""
+    first, checkpoint = metrics_of(finished[0]), finished[0] / "checkpoint.pt"
+    for i, words in enumerate((("--corrupt", "gaussian_noise:5"), ("--alpha", 0), ("--prompt-test", "wrong"),
+                               ("--prompt-test", "random"), ("--score-scale", "test"))):
+        assert command("onenip", "--eval", checkpoint, "--out", tmp_path / str(i), *words).status == 0, words
+        assert metrics_of(tmp_path / str(i))["mean"] != first["mean"], words
+    assert metrics_of(tmp_path / "0")["data"].endswith("gaussian_noise:5")
+
+
+@pytest.mark.parametrize("words", [
+    ("--prompt", "none"), ("--prompt", "static"), ("--no-restoration",), ("--no-refiner",),
+    ("--no-refiner", "--no-restoration"), ("--prompt-train", "fixed"), ("--memory-share", 0), ("--amp", "bf16"),
+    ("--dropout", 0.1),
+    ("--bank", 2)])
+def test_every_ablation_runs(words, tiny_data, tmp_path, command, metrics_of):
+    """Every row of Tables 2 to 4 is one flag; memory that is too small changes the way, not the result's form."""
+    out = tmp_path / "run"
+    done = command("onenip", "--data", tiny_data, "--out", out, "--classes", "screw,capsule", *SMALL, "--steps", 2, *words)
+    assert done.status == 0, done.err
+    assert set(metrics_of(out)["classes"]) == {"screw", "capsule"}
+
+
+def test_features_computed_on_the_fly_train_the_same_model(tiny_data, tmp_path, command, metrics_of):
+    """Without memory for frozen features they come from the images at every step: the same training within rounding."""
+    words = ("--data", tiny_data, "--classes", "screw,capsule", *SMALL, "--steps", 3, "--log-every", 1)
+    for share in (0.5, 0):
+        assert command("onenip", *words, "--memory-share", share, "--out", tmp_path / str(share)).status == 0
+    a, b = ([json.loads(line)["loss"] for line in open(tmp_path / str(share) / "log.jsonl")] for share in (0.5, 0))
+    assert a == pytest.approx(b, rel=1e-3)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo is tested on Linux and macOS")
+def test_two_processes_follow_one_with_the_doubled_batch(tiny_data, tmp_path):
+    """torchrun: the gradients of two steps (AdamW's running mean of them) agree within float error where
+    nothing depends on batch statistics or noise; evaluation is shared out and gathered; rank 0 alone writes."""
+    words = [onenip.__file__, "--data", tiny_data, "--classes", "screw,capsule", *SMALL, "--steps", 2, "--no-refiner",
+             "--jitter", 0, "--dropout", 0, "--log-every", 1, "--clip", 1e9, "--amp", "off", "--lr", 1e-4]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = lambda *w: subprocess.run([str(x) for x in w], capture_output=True, text=True, env=env)
+    one = run(sys.executable, *words, "--batch-size", 8, "--out", tmp_path / "one")
+    two = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words,
+              "--batch-size", 4, "--out", tmp_path / "two")
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "two"))
+    assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys() and len(a["optimizer"]["state"]) > 20
+    largest = max(state["exp_avg"].abs().max().item() for state in a["optimizer"]["state"].values())
+    for i, state in a["optimizer"]["state"].items():
+        torch.testing.assert_close(b["optimizer"]["state"][i]["exp_avg"], state["exp_avg"], rtol=2e-3, atol=1e-5 * largest)
+    losses = [[json.loads(line)["loss"] for line in open(tmp_path / name / "log.jsonl")] for name in ("one", "two")]
+    assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+    a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert a["images"] == b["images"] == 14
+    for key, value in a["mean"].items():
+        assert b["mean"][key] == pytest.approx(value, abs=0.02)
+    assert len(list(csv.reader(open(tmp_path / "two" / "scores.csv")))) == 15
+
+
+def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, command):
+    """Twenty mistakes of users: one clear line on stderr that names the culprit, status 2, no traceback, and neither
+    a run folder nor a half-written file left behind."""
+    checkpoint = finished[0] / "checkpoint.pt"
+    bad = tmp_path / "bad"
+    picture = lambda size=(32, 32), mode="RGB": Image.new(mode, size)
+
+    def layout(name, **files):
+        """A folder in MVTec layout with one class 'nut', then changed by `files` (path with __ for /: content)."""
+        root = bad / name / "nut"
+        for where in ("train/good/0.png", "test/good/0.png", "test/hole/0.png"):
+            (root / where).parent.mkdir(parents=True, exist_ok=True)
+            picture().save(root / where)
+        (root / "ground_truth/hole").mkdir(parents=True)
+        picture(mode="L").save(root / "ground_truth/hole/0_mask.png")
+        for where, content in files.items():
+            path = root / where.replace("__", "/").replace("_png", ".png")
+            path.unlink() if content is None else path.write_bytes(content)
+        return bad / name
+
+    good = layout("good")
+    Image.new("L", (16, 32), 255).save(layout("mask_size") / "nut/ground_truth/hole/0_mask.png")
+    (bad / "empty").mkdir()
+    torch.save({"method": "roads", "args": {}, "model": {}}, bad / "roads.pt")
+    (bad / "half.pt").write_bytes(checkpoint.read_bytes()[:5000])
+    (bad / "a_file").write_text("")
+    (bad / "text").mkdir()
+    (bad / "text" / "photo.png").write_text("no picture")
+    cases = [
+        (("--data", bad / "nowhere"), "nowhere"),
+        (("--data", "mvtec", "--data-root", bad), "mvtec"),
+        (("--data", bad / "empty"), "empty"),
+        (("--data", layout("untrained", train__good__0_png=None)), "nut"),
+        (("--data", layout("unreadable", train__good__0_png=b"not a picture")), "0.png"),
+        (("--data", layout("truncated", test__good__0_png=(tiny_data / "screw/train/good/000.png").read_bytes()[:900])), "0.png"),
+        (("--data", bad / "mask_size"), "0_mask.png"),
+        (("--data", tiny_data, "--classes", "screw,spoon"), "spoon"),
+        (("--data", tiny_data, "--steps", "many"), "--steps"),
+        (("--data", tiny_data, "--lr", "-1"), "--lr"),
+        (("--data", tiny_data, "--image-size", "100"), "--image-size"),
+        (("--data", tiny_data, "--hiden", "100"), "--hiden"),
+        (("--data", tiny_data, "--backbone", "vgg16"), "--backbone"),
+        (("--data", tiny_data, "--weights", bad / "none.pth"), "none.pth"),
+        (("--data", tiny_data, "--weights", bad / "a_file"), "a_file"),
+        (("--data", tiny_data, "--corrupt", "fog"), "fog"),
+        (("--data", tiny_data, "--corrupt", "brightness:9"), "9"),
+        (("--data", tiny_data, "--textures", bad / "empty"), "--textures"),
+        (("--data", tiny_data, "--out", bad / "a_file"), "a_file"),
+        (("--data", tiny_data, "--out", finished[0]), "--overwrite"),
+        (("--data", tiny_data, "--out", bad / "none", "--resume"), "--resume"),
+        (("--eval", bad / "none.pt"), "none.pt"),
+        (("--eval", bad / "half.pt"), "half.pt"),
+        (("--eval", bad / "roads.pt"), "roads.pt"),
+        (("--eval", checkpoint, "--encoder-layers", "3"), "checkpoint.pt"),
+        (("--predict", bad / "text" / "photo.png"), "--eval"),
+        (("--eval", checkpoint, "--predict", bad / "empty"), "empty"),
+        (("--eval", checkpoint, "--predict", bad / "text" / "photo.png"), "photo.png"),
+        (("--data", tiny_data, "--lr", "1e30", "--clip", "1e30"), "NaN"),
+    ]
+    if not torch.cuda.is_available():
+        cases += [(("--data", tiny_data, "--device", "cuda"), "--device cuda"),
+                  (("--data", tiny_data, "--kernels", "triton"), "--kernels")]
+    before = (finished[0] / "metrics.json").read_bytes()
+    for i, (words, named) in enumerate(cases):
+        own_out = () if "--out" in words else ("--out", tmp_path / f"out{i}")
+        small = () if "--eval" in words else [w for pair in zip(SMALL[::2], SMALL[1::2]) for w in pair
+                                              if pair[0] not in words and "--resume" not in words]
+        done = command("onenip", *words, *own_out, *small)
+        assert done.status == 2, (words, done)
+        assert named in done.err and done.err.count("\n") == 1 and "Traceback" not in done.err, (words, done.err)
+        assert not list((tmp_path / f"out{i}").glob("metrics.json")), words
+        assert not list(tmp_path.rglob("*.tmp")), words
+    assert (finished[0] / "metrics.json").read_bytes() == before
+    assert command("onenip", "--data", good, "--out", tmp_path / "good", *SMALL).status == 0  # the layout itself is fine
+
+
+def test_real_classes(real_data, tmp_path, command, metrics_of):
+    """Real photographs: a short training of two real classes localises defects far better than chance."""
+    done = command("onenip", "--data", real_data, "--classes", "bottle,metal_plate", "--out", tmp_path / "run", "--steps", 80,
+                   "--image-size", 128)
+    assert done.status == 0, done.err
+    assert metrics_of(tmp_path / "run")["mean"]["p_auroc"] > 0.7
