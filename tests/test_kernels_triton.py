@@ -55,6 +55,11 @@ class RedZones:
             assert buffer[:PAD].isnan().all() and buffer[-PAD:].isnan().all(), "a kernel wrote outside its output"
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(int(os.environ.get("KERNELS_SEED", "0")))
+
+
 real_full, real_empty, real_empty_like = torch.full, torch.empty, torch.empty_like
 
 
@@ -80,11 +85,13 @@ def zones(monkeypatch):
 
 def check(ours, torch_same_dtype, exact):
     """Each of our results is at most twice as wrong as PyTorch's in the same dtype; a floor of 2e-6 of the result's
-    size allows for fp32 rounding where PyTorch happens to be exact."""
+    size allows for fp32 rounding where PyTorch happens to be exact. A result that is zero in exact arithmetic (the
+    cosine's gradient when there is one channel: two terms that cancel) is rounding noise on both sides, whose ratio
+    means nothing: it need only be small beside those terms, which are of size 1 and more."""
     for i, (x, y, z) in enumerate(zip(ours, torch_same_dtype, exact, strict=True)):
         assert x.shape == z.shape and x.isfinite().all(), f"result {i}"
         size = z.abs().max().item()
-        allowed = 2 * (y.double() - z).abs().max().item() + 2e-6 * size
+        allowed = 2 * (y.double() - z).abs().max().item() + 2e-6 * size if size > 1e-9 else 1e-4
         if INTERPRET and x.dtype == torch.bfloat16:
             allowed += torch.finfo(x.dtype).eps * size  # its conversion to bf16 truncates
         error = (x.double() - z).abs().max().item()
@@ -298,7 +305,9 @@ def test_cosine(zones, shapes, size, reduce, dtype, layouts):
     """Map, statistics, losses and gradients: every reduction, memory layouts of teacher and student, awkward sizes."""
     dtype = getattr(torch, dtype)
     teachers = [layout_of(torch.randn(2, *shape).to(dtype), layouts[0]) for shape in shapes]
-    students = [layout_of((t + 0.7 * torch.randn(t.shape)).to(dtype).contiguous(), layouts[1]) for t in teachers]
+    students = [t + 0.7 * torch.randn(t.shape) for t in teachers]
+    students = [s.sign() * (s.abs() + 0.1) if s.shape[1] == 1 else s for s in students]  # a norm near 0 has no direction
+    students = [layout_of(s.to(dtype).contiguous(), layouts[1]) for s in students]
     upstream = torch.randn(2, *size)
     exact = run_cosine(teachers, students, upstream, size, reduce, torch.float64, "torch")
     plain = run_cosine(teachers, students, upstream, size, reduce, dtype, "torch")
