@@ -93,6 +93,7 @@ Bergmann et al., "Uninformed Students" (CVPR 2020) and "The MVTec AD Dataset" (I
 
 import warnings
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -106,8 +107,8 @@ PIXEL_METRICS = ("p_auroc", "p_ap", "p_f1max", "p_aupro")
 METRICS = IMAGE_METRICS + PIXEL_METRICS + ("mad",)
 
 FPR_LIMIT = 0.3             # AUPRO: integrate up to this false positive rate, as in the papers
-EXACT_PIXELS = 2 ** 28      # more pixels than this: the bounded engine. 4096 maps of 256 x 256, 1 GiB of float32
-ROUNDING = 1e-12            # added to the error bounds: what float64 sums may be off by
+EXACT_PIXELS = 2 ** 28      # more than this, float64 ones twice: the bounded engine. 4096 maps of 256 x 256, 1 GiB
+ROUNDING = 1e-12            # added to the error bounds, see `_seven`
 
 
 # ------------------------------------------------------------------------------------------------- the four formulas
@@ -173,7 +174,7 @@ def _intervals(b):
            float(np.max(2 * tp / (tp + f_high + p_total))), strips(b.mass, f_high, limit) / partial)
     high = (strips(b.positives, f_low, b.negatives) / area, float(np.sum(b.positives * (tp / (tp + f_low)))) / p_total,
             float(np.max(2 * tp / (tp + f_low + p_total))), strips(b.mass, f_low, limit) / partial)
-    return [float(v) for v in low], [float(v) for v in high]
+    return [[min(float(v), 1.0) for v in ends] for ends in (low, high)]               # as in `_values`
 
 
 def _image_bins(scores, labels):
@@ -439,7 +440,7 @@ class Accumulator:
                 c.mass.append(mass)
                 c.regions += number
             self.images += 1
-            self.pixels += a_map.size
+            self.pixels += a_map.size * (2 if a_map.dtype == np.float64 else 1)        # it is memory that is scarce
             self._choose_engine()
 
     def _choose_engine(self, force=False):
@@ -542,15 +543,13 @@ def _report(acc, gather, total):
         labels[name] = np.array([y for part in mine for y in part[1]], bool)
         regions[name] = sum(part[2] for part in mine)
 
-    pixel_bins = (_histogram_bins if bounded else _ranked_bins)(acc, names, regions, gather, total)
     views, bounds = {}, {}
-    for name in [*names, None]:                                           # None: the pool of all classes
+    for name, pixels in (_histogram_bins if bounded else _ranked_bins)(acc, names, regions, gather, total):
         members = names if name is None else [name]
         images = _image_bins(np.concatenate([scores[n] for n in members]),
                              np.concatenate([labels[n] for n in members]))
         title = "all classes mixed" if name is None else f"class {name!r}"
-        views[name], bounds[name] = _seven(title, images, pixel_bins[name],
-                                           exact=not bounded or acc.histogram.single_scores())
+        views[name], bounds[name] = _seven(title, images, pixels, exact=not bounded or acc.histogram.single_scores())
 
     def view(source):
         return {"classes": {name: source[name] for name in names}, "mean": mean([source[name] for name in names]),
@@ -560,7 +559,10 @@ def _report(acc, gather, total):
 
 
 def _ranked_bins(acc, names, regions, gather, total):
-    """Exact engine: {class: Bins, None: Bins of the pool}. Bins are the distinct scores of positive pixels."""
+    """Exact engine: yields (class, Bins) for every class, then (None, Bins of the pool of all classes).
+
+    Bins are the distinct scores of positive pixels. One class after the other, so that the bins of only one are held.
+    """
     parts = gather({name: (c.positives, c.mass) for name, c in acc.classes.items()})
     kinds = gather({a_map.dtype for c in acc.classes.values() for a_map in c.maps})
     dtype = np.float64 if any(np.dtype(np.float64) in kind for kind in kinds) else np.float32   # float16: exact in it
@@ -572,7 +574,7 @@ def _ranked_bins(acc, names, regions, gather, total):
     distinct = np.sort(np.concatenate(list(keys.values())))
     distinct = distinct[np.append(True, distinct[1:] != distinct[:-1])[:distinct.size]]
     ranker, size = Ranker(distinct), 2 * distinct.size + 1                # a gap, a score, a gap, a score, ... a gap
-    bins, pool = {}, [np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size)]
+    pool = [np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size)]
     for name in names:
         counts = np.zeros(size, np.int64)
         for a_map in acc.classes[name].maps if name in acc.classes else []:
@@ -581,30 +583,32 @@ def _ranked_bins(acc, names, regions, gather, total):
                 np.add.at(counts, ranker.codes(_keys(flat[i:i + 2 ** 16], dtype)), 1)
         code = ranker.codes(keys[name])
         rows = (total(counts), np.bincount(code, minlength=size), np.bincount(code, mass[name], minlength=size))
-        bins[name] = _bins(*rows, regions[name])
         for row, pooled in zip(rows, pool):
             pooled += row
-    bins[None] = _bins(*pool, sum(regions.values()))
-    return bins
+        yield name, _bins(*rows, regions[name])
+    yield None, _bins(*pool, sum(regions.values()))
 
 
 def _histogram_bins(acc, names, regions, gather, total):
-    """Bounded engine: {class: Bins, None: Bins of the pool}. Bins are intervals of scores."""
+    """Bounded engine: yields the same as `_ranked_bins`. Bins are intervals of scores."""
     acc.histogram.align(gather)
-    bins, pool = {}, None
+    pool = None
     for name in names:
         rows = [total(row) for row in acc.histogram.ascending(name)]
-        bins[name] = _bins(*rows, regions[name])
         pool = rows if pool is None else [a + b for a, b in zip(pool, rows)]
-    bins[None] = _bins(*pool, sum(regions.values()))
-    return bins
+        yield name, _bins(*rows, regions[name])
+    yield None, _bins(*pool, sum(regions.values()))
 
 
 def _seven(title, images, pixels, exact):
     """Values and error bounds of METRICS for one view, each a dict; warns of what is undefined.
 
-    exact: a bin of pixels holds one score, otherwise an interval of scores."""
+    exact: a bin of pixels holds one score, otherwise an interval of scores. The bounds include rounding. A sum of P
+    terms that are not negative, in any order, is off by at most P x 2^-53 of itself: that is the region mass, added up
+    pixel by pixel. The rest (integers, then numpy's pairwise sums over the bins) stays far below ROUNDING.
+    """
     value, bound = dict.fromkeys(METRICS), dict.fromkeys(METRICS)
+    rounding = ROUNDING + float(pixels.positives.sum()) * 2.0 ** -53
     for keys, b, unit in (IMAGE_METRICS, images, "image"), (PIXEL_METRICS, pixels, "pixel"):
         if not b.positives.size or not b.negatives:
             what = "no defective" if not b.positives.size else "no good"
@@ -612,10 +616,10 @@ def _seven(title, images, pixels, exact):
                           stacklevel=5)
         elif unit == "pixel" and not exact:
             for key, low, high in zip(keys, *_intervals(b)):
-                value[key], bound[key] = (low + high) / 2, (high - low) / 2 + ROUNDING
+                value[key], bound[key] = (low + high) / 2, (high - low) / 2 + rounding
         else:
             for key, v in zip(keys, _values(b)):                          # four values; AUPRO is for pixels only
-                value[key], bound[key] = v, ROUNDING if unit == "pixel" else 0.0
+                value[key], bound[key] = v, rounding if unit == "pixel" else 0.0
     seven = METRICS[:-1]
     if all(value[key] is not None for key in seven):
         value["mad"], bound["mad"] = (sum(d[key] for key in seven) / len(seven) for d in (value, bound))
@@ -630,10 +634,12 @@ def mean(rows):
 
 # ---------------------------------------------------------------------------------------------------------- the input
 def _numpy(x):
-    """Array, tensor of any device or sequence -> numpy array; bfloat16, which numpy lacks, becomes float32."""
+    """Array, tensor of any device or sequence of them -> numpy array; bfloat16, unknown to numpy, becomes float32."""
     if isinstance(x, torch.Tensor):
         x = x.detach()
         return (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy()
+    if isinstance(x, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in x):
+        return np.asarray([_numpy(item) for item in x])
     return np.asarray(x)
 
 
@@ -642,13 +648,14 @@ def _check(maps, masks, image_scores, labels, classes, names):
     maps, masks = ([_numpy(x) for x in stack] if isinstance(stack, (list, tuple)) else _numpy(stack)
                    for stack in (maps, masks))
     scores, labels = _numpy(image_scores), _numpy(labels)
-    classes = [c.item() if isinstance(c, torch.Tensor) else c for c in classes]
     n = len(maps)
     for what, given in (("masks", masks), ("image_scores", scores), ("labels", labels), ("classes", classes),
                         ("names", range(n) if names is None else names)):
-        number = len(given) if np.iterable(given) else 1
-        if number != n:
-            raise UsageError(f"metrics: {n} maps but {number} {what}: give one per image")
+        several = np.iterable(given) and not isinstance(given, str)       # "bottle" is one class, not six
+        if not several or len(given) != n:
+            raise UsageError(f"metrics: {n} maps but {len(given) if several else 'no list of'} {what}: "
+                             "give one per image")
+    classes = [c.item() if isinstance(c, torch.Tensor) else c for c in classes]
 
     def refuse(i, why):
         image = f"image {i} of the batch" if names is None else f"image {names[i]}"
@@ -660,7 +667,7 @@ def _check(maps, masks, image_scores, labels, classes, names):
             refuse(i, f"map of dtype {maps[i].dtype}: give float16, bfloat16, float32 or float64")
         if not np.isfinite(maps[i]).all():
             refuse(i, "the map holds NaN or infinite scores")
-        if np.ndim(scores[i]) != 0 or not np.isfinite(scores[i]):
+        if not isinstance(scores[i], Real) or not np.isfinite(scores[i]):
             refuse(i, f"the image score {scores[i]} is not a finite number")
         if labels[i] not in (0, 1):
             refuse(i, f"the label {labels[i]} is neither 0 (good) nor 1 (defective)")

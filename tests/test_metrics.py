@@ -211,7 +211,7 @@ def test_equal_to_scikit_learn_and_to_the_literal_aupro(kind):
                 if expected[key] is None:
                     assert row[key] is None and middle[key] is None and bound[key] is None, (seed, name, key)
                     continue
-                assert type(row[key]) is float and 0 <= row[key] <= 1
+                assert type(row[key]) is type(middle[key]) is float and 0 <= row[key] <= 1 and 0 <= middle[key] <= 1
                 assert abs(row[key] - expected[key]) < 1e-9, (seed, name, key)
                 assert abs(middle[key] - expected[key]) <= bound[key] + 1e-12, (seed, name, key)
                 compared += 1
@@ -316,6 +316,11 @@ def test_float_dtypes(dtype):
     wide = maps.double()
     halves = [(m[s], masks[s], scores[s], labels[s], classes[s]) for m, s in ((maps, slice(4)), (wide, slice(4, 9)))]
     assert_same(report, metrics.evaluate(halves))
+    image_scores = scores.to(dtype)                                       # those too, as one tensor or as a list
+    report = metrics.evaluate(maps, masks, image_scores, labels, classes)
+    three = sklearn_three(image_scores.double().numpy(), labels.numpy())
+    assert np.allclose([report["mixed"][key] for key in metrics.IMAGE_METRICS], three, rtol=0, atol=1e-9)
+    assert_same(report, metrics.evaluate(list(maps), list(masks), list(image_scores), list(labels), classes))
 
 
 @pytest.mark.parametrize("engine", ["exact", "bounded", "auto"])
@@ -346,7 +351,7 @@ def test_merging_is_associative_commutative_and_survives_pickling(engine, monkey
 
 
 def test_engine_is_chosen_by_size(monkeypatch):
-    """Exact up to EXACT_PIXELS, bounded beyond, whether the size is known before or shows on the way."""
+    """Exact up to EXACT_PIXELS, float64 ones counted twice, bounded beyond, known before or noticed on the way."""
     maps, masks, scores, labels = synthetic(6, 16)
     monkeypatch.setattr(metrics, "EXACT_PIXELS", 6 * 16 * 16)
     arguments = maps, masks, scores, labels, ["c"] * 6
@@ -355,6 +360,9 @@ def test_engine_is_chosen_by_size(monkeypatch):
     monkeypatch.setattr(metrics, "EXACT_PIXELS", 6 * 16 * 16 - 1)
     assert metrics.evaluate(*arguments)["engine"] == metrics.evaluate([arguments])["engine"] == "bounded"
     assert metrics.evaluate(*arguments, engine="exact")["engine"] == "exact"
+    wide = [maps[:4].astype(np.float64), *(x[:4] for x in arguments[1:])]
+    assert metrics.evaluate(*(x[:4] for x in arguments))["engine"] == "exact"
+    assert metrics.evaluate(*wide)["engine"] == metrics.evaluate([wide])["engine"] == "bounded"
     hinted = metrics.Accumulator(expected_pixels=6 * 16 * 16)
     hinted.update(*arguments)
     assert hinted.histogram is not None
@@ -391,7 +399,54 @@ def test_bins_of_one_score_each_are_recognised_as_exact():
         bounds = bounded["error_bounds"]["mixed"]
         for key in metrics.PIXEL_METRICS:
             assert abs(bounded["mixed"][key] - exact["mixed"][key]) <= bounds[key]
-        assert (bounds["p_auroc"] <= 1e-12) == (bounds["p_aupro"] <= 1e-12) == exactly
+        assert (bounds["p_auroc"] <= 2e-12) == (bounds["p_aupro"] <= 2e-12) == exactly
+
+
+def hostile(kind, shape, rng):
+    """Scores that are hard on bins: most of them one score, all floats there are, neighbours in float32 or float64."""
+    u, sign = rng.standard_normal(shape), rng.choice([-1.0, 1.0], shape)
+    everywhere = (sign * 10 ** rng.uniform(-45, 38, shape)).astype(np.float32)
+    if kind == "spike":
+        return np.where(rng.random(shape) < 0.99, 0.5, u)
+    if kind == "neighbours":
+        return np.float32(1) + np.float32(2 ** -23) * rng.integers(0, 8, shape, np.int32).astype(np.float32)
+    if kind == "neighbours among all floats":            # bins must be wide, and half of the scores fall in one
+        return np.where(rng.random(shape) < 0.5, hostile("neighbours", shape, rng), everywhere)
+    return {"all floats": everywhere, "all of float64": sign * 10 ** rng.uniform(-320, 308, shape),
+            "denormal": (1e-42 * u).astype(np.float32), "saturated": (1 / (1 + np.exp(-30 * u))).astype(np.float32),
+            "largest": (np.finfo(np.float32).max * sign).astype(np.float32), "ties": np.round(2 * u)}[kind]
+
+
+@pytest.mark.parametrize("kind", ["spike", "neighbours", "neighbours among all floats", "all floats", "all of float64",
+                                  "denormal", "saturated", "largest", "ties"])
+def test_bounds_hold_on_hostile_scores_in_any_order(kind):
+    """With all the bins there are: every metric of every view within its bound, and images in any order."""
+    rng = np.random.default_rng(0)
+    maps, classes = hostile(kind, (18, 64, 64), rng), np.arange(18) % 3
+    masks = rng.random(maps.shape) < 0.02
+    masks[:, 10:20, 10:20] |= rng.random((18, 1, 1)) < 0.5
+    masks[::4] = False
+    scores, labels = maps.max((1, 2)), masks.any((1, 2))
+    exact = metrics.evaluate(maps, masks, scores, labels, classes, engine="exact")
+    bounded = metrics.evaluate(maps, masks, scores, labels, classes, engine="bounded")
+    for name, row in views(exact).items():
+        for key, value in row.items():
+            middle = views(bounded)[name][key]
+            assert 0 <= middle <= 1 and abs(middle - value) <= views(bounded["error_bounds"])[name][key], (name, key)
+    one_by_one = metrics.Accumulator("bounded")
+    for i in rng.permutation(18):
+        one_by_one.update(*(x[i:i + 1] for x in (maps, masks, scores, labels, classes)))
+    assert_same(bounded, one_by_one.compute())
+
+
+def test_bounds_cover_rounding():
+    """Ten million masses of 1/60,000 in one bin add up to some 1e-12 less than they should: the bound knows."""
+    mask = np.zeros((256, 256), bool)
+    mask[:234] = True
+    maps, masks = (np.broadcast_to(x, (160, 256, 256)) for x in (np.full((256, 256), np.float32(0.3)), mask))
+    report = metrics.evaluate(maps, masks, np.arange(160), np.arange(160) % 2, ["c"] * 160, engine="bounded")
+    error = abs(report["mixed"]["p_aupro"] - 0.15)                        # a straight line to (1, 1), up to FPR 0.3
+    assert 2e-12 < error <= report["error_bounds"]["mixed"]["p_aupro"] < 2e-9
 
 
 def test_intervals_are_the_extremes_of_all_orders():
@@ -435,6 +490,7 @@ def _process(rank, folder, engine):
     metrics.PAGES, metrics.EXACT_PIXELS = 16, 25 * 32 * 32
     maps, masks, scores, labels, classes = _shared_data()
     mine = slice(0, 18) if rank == 0 else slice(18, 30)
+    maps = maps.astype(np.float64) if rank else maps                      # all must then compare in float64
     acc = metrics.Accumulator(engine)
     acc.update(*(x[mine] for x in (maps, masks, scores, labels, classes)))
     report = metrics.reduce(acc)
@@ -515,7 +571,10 @@ def test_an_inverted_model_is_not_flipped():
     ("integers", lambda d: d.update(maps=(99 * d["maps"]).astype(np.uint8)), "b/0.png.*uint8"),
     ("labels", lambda d: d.update(labels=np.array([0, 1, 2, 1])), "b/2.png.*label 2"),
     ("number", lambda d: d.update(scores=d["scores"][:3]), "4 maps but 3 image_scores"),
+    ("none", lambda d: d.update(scores=[0.1, None, 0.2, 0.3]), "b/1.png.*image score None"),
+    ("one for all", lambda d: d.update(scores=0.5), "4 maps but no list of image_scores"),
     ("classes", lambda d: d.update(classes=["x"] * 5), "4 maps but 5 classes"),
+    ("one class", lambda d: d.update(classes="pipe"), "4 maps but no list of classes"),
 ])
 def test_wrong_input_is_refused_by_name_and_adds_nothing(what, change, message):
     """NaN, infinite scores, shapes that do not fit, odd labels: one clear line naming the image; nothing is counted."""
