@@ -272,11 +272,14 @@ class Histogram:
     The whole range of float32 needs shift 13.
     """
 
-    def __init__(self, shift=0):
+    def __init__(self):
+        self.bits, self.rounded = 0, False                                        # see single_scores
+        self._clear(shift=0)
+
+    def _clear(self, shift):
         self.shift, self.rows = shift, {}                                         # rows: class -> three arrays
         self.directory = np.full(2 ** (32 - PAGE_BITS - shift), -1, np.int32)     # page -> slot, -1: not in use
         self.used = 0
-        self.bits, self.rounded = 0, False                                        # see single_scores
 
     def add_map(self, name, a_map):
         """Count the pixels of a map (H, W) of any float dtype; they come before its positives and mass."""
@@ -340,15 +343,21 @@ class Histogram:
             self.coarsen()
         keys, slots = other._bin_keys()
         for name, rows in other.rows.items():
-            filled = rows[0][slots] > 0
-            for i, row in enumerate(rows):
-                self.add(name, i, keys[filled], row[slots[filled]])
+            self._add_bins(name, rows, keys, slots)
+
+    def _add_bins(self, name, rows, keys, slots):
+        """Add the three arrays of a class, whose bins with the given lowest keys are at the given places."""
+        filled = rows[0][slots] > 0
+        for i, row in enumerate(rows):
+            self.add(name, i, keys[filled], row[slots[filled]])
 
     def coarsen(self):
-        """Join bins two by two: a histogram with the next shift, filled with what this one holds."""
-        wider = Histogram(self.shift + 1)
-        wider.merge(self)
-        self.__dict__ = wider.__dict__
+        """Join bins two by two. One class after the other is emptied and freed, so that only one is held twice."""
+        finer, (keys, slots) = self.rows, self._bin_keys()
+        self._clear(self.shift + 1)
+        while finer:
+            name, rows = finer.popitem()
+            self._add_bins(name, rows, keys, slots)
 
     def align(self, gather):
         """Make the layout the same in all processes, so that their arrays can be added up."""
