@@ -7,7 +7,8 @@
 
 Ours is everything: region labelling, all seven metrics, per class, mean and mixed. Theirs is the three pixel metrics of
 the pool and one AUPRO. Times are wall clock and processor seconds; the best of --repeat for ours. Memory is the peak of
-the process's resident memory beyond what it had before (Linux only; elsewhere "-").
+the process's resident memory beyond what it had before (Linux only; elsewhere "-"); what one row has freed, the next
+may use again unseen, so the bounded engine's memory is what --stream prints, not the row after the exact engine's.
 """
 
 import argparse

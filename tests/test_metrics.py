@@ -5,9 +5,12 @@ things compared with: `tests/bench_metrics.py` times them and prints by how much
 """
 
 import pickle
+import subprocess
+import sys
 import time
 import tracemalloc
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -635,3 +638,11 @@ def test_faster_than_scikit_learn():
     ours = min(seconds(lambda: metrics.evaluate(maps, masks, scores, labels, ["c"] * 12)) for _ in range(3))
     theirs = seconds(lambda: sklearn_three(maps.ravel(), masks.ravel()))
     assert theirs > 8 * ours
+
+
+def test_bench_streams_2000_maps_in_a_minute_and_600_mib():
+    """The bench runs as its docstring says, and the bounded engine keeps to time and (resident) memory there."""
+    bench = subprocess.run([sys.executable, "-m", "tests.bench_metrics", "--stream", "2000"], text=True, check=True,
+                           capture_output=True, cwd=Path(__file__).resolve().parents[1])
+    wall, _, mib = next(line for line in bench.stdout.splitlines() if "2000 maps" in line).split()[-3:]
+    assert float(wall) < 60 and (mib == "-" or float(mib) < 600)
