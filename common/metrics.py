@@ -63,9 +63,9 @@ bounded   more than EXACT_PIXELS (2^28) pixels, float64 ones counted twice: keep
           Image scores are few, kept (some 40 bytes each), and always exact.
 Measured (`python -m tests.bench_metrics`, two shared cores, ratios of processor seconds within one process): 83 maps of
 256 x 256, 45 to 50 times faster than scikit-learn's three pixel metrics and an AUPRO by full sort, in a tenth of the
-memory, and 105 to 120 times faster than with the loop over 200 thresholds; 1,725 maps, 30 times faster than by full
-sort, in a ninth, 620 MiB beyond the maps. Bounded: 2,000 maps of 30 classes in 5 s and 400 MiB, and no more for 8,000;
-with the engine left to choose, which keeps the first gigabyte of maps, 114,585 maps in 1.4 GiB and 82 CPU seconds.
+memory, and 105 to 120 times faster than with the loop over 200 thresholds; 1,725 maps, 27 to 30 times faster than by
+full sort, in a ninth, 620 MiB beyond the maps. Bounded: 2,000 maps of 30 classes in 5 s and 400 MiB, 8,000 in no more
+memory; with the engine left to choose, which keeps the first gigabyte of maps, 114,585 maps in 1.4 GiB, 82 CPU seconds.
 
 Partial results merge: `Accumulator.merge` in one process, `reduce` over torchrun processes. Order does not matter, up
 to rounding.

@@ -494,10 +494,10 @@ def test_bounded_memory_does_not_grow_with_the_number_of_images():
 def _process(rank, folder, engine):
     """One of two processes: rank 0 has no image of class c, rank 1 none of class a."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store-{engine}", rank=rank, world_size=2)
-    metrics.PAGES, metrics.EXACT_PIXELS = 16, 25 * 32 * 32
+    metrics.PAGES, metrics.EXACT_PIXELS = 16, 35 * 32 * 32
     maps, masks, scores, labels, classes = _shared_data()
     mine = slice(0, 18) if rank == 0 else slice(18, 30)
-    maps = maps.astype(np.float64) if rank else maps                      # all must then compare in float64
+    maps = maps if rank else maps.astype(np.float32)                      # rank 0 too must compare in float64
     acc = metrics.Accumulator(engine)
     acc.update(*(x[mine] for x in (maps, masks, scores, labels, classes)))
     report = metrics.reduce(acc)
@@ -512,8 +512,10 @@ def _processes(rank, folder):
 
 
 def _shared_data():
-    maps, masks, scores, labels = synthetic(30, 32)
-    maps[:18] *= 1e-3                                                     # the processes' scores share no page of bins
+    maps, masks, scores, labels = synthetic(30, 32, dtype=np.float64)
+    maps = maps.astype(np.float32).astype(np.float64)
+    maps[:18] *= 2.0 ** -10                                               # the processes' scores share no page of bins
+    maps[24:] = 1 + 1e-9 * maps[24:]                                      # distinct in float64 only
     return maps, masks, scores, labels, np.array(["a"] * 10 + ["b"] * 12 + ["c"] * 8)
 
 
@@ -521,7 +523,7 @@ def test_reduce_over_two_processes(tmp_path, monkeypatch):
     """Two gloo processes report, each, what one process with all images reports; "auto" counts the pixels of both."""
     torch.multiprocessing.spawn(_processes, (str(tmp_path),), nprocs=2)
     monkeypatch.setattr(metrics, "PAGES", 16)
-    monkeypatch.setattr(metrics, "EXACT_PIXELS", 25 * 32 * 32)
+    monkeypatch.setattr(metrics, "EXACT_PIXELS", 35 * 32 * 32)
     for engine, used in ("exact", "exact"), ("bounded", "bounded"), ("auto", "bounded"):
         expected = metrics.evaluate(*_shared_data(), engine=engine)
         assert expected["engine"] == used
