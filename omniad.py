@@ -290,12 +290,6 @@ def losses(model, maps):
 # ------------------------------------------------------------------------------------------------------ training
 
 
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed, epoch, n):
-    """Every training image once an epoch, in random order."""
-    return np.random.default_rng([seed, 1, epoch]).permutation(n)
-
-
 class Stream(torch.utils.data.Dataset):
     """Sample number k of the endless training stream. Of each epoch the images that do not fill a step are dropped.
 
@@ -308,7 +302,7 @@ class Stream(torch.utils.data.Dataset):
 
     def __getitem__(self, k):
         epoch, place = divmod(k, self.per_epoch)
-        index = int(epoch_order(self.seed, epoch, len(self.images))[place])
+        index = int(runtime.epoch_order(self.seed, epoch, len(self.images))[place])
         # without memory for all frozen features they are computed from the images, step by step
         return {"index": index, "image": self.images[index]} if self.whole_images else {"index": index}
 
@@ -356,7 +350,7 @@ def train(args, run, features, images):
         run.seed(args.seed, 4, step)  # jitter
         rows = run.to_device(cache[batch["index"]]) if cache is not None else features(run.to_device(batch["image"]))
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * lr_factor(step, steps, args.schedule)
+            group["lr"] = args.lr * runtime.lr_factor(step, steps, args.schedule)
         with run.autocast():
             loss, parts = losses(wrapped, features.split(rows))
         optimizer.zero_grad(set_to_none=True)
@@ -376,14 +370,6 @@ def train(args, run, features, images):
     final = state(normal_score=normal_score(args, run, features, model, images))
     run.save(final)
     return final
-
-
-def lr_factor(step, steps, schedule):
-    """step: 1, then 0.1 after 80 % of the steps. cosine: linear warm-up over the first 5 %, then half a cosine to 0."""
-    if schedule == "step":
-        return 1.0 if step < 0.8 * steps else 0.1
-    warm = max(1, round(0.05 * steps))
-    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 # ------------------------------------------------------------------------------------------------------- scoring
@@ -421,7 +407,7 @@ class Scorer:
 def normal_score(args, run, features, model, images):
     """The 99 % quantile of the image scores of up to 256 training images (what --predict compares with)."""
     score, starts = Scorer(args, run, features, model), range(0, min(256, len(images)), args.batch_size)
-    order = epoch_order(args.seed, 0, len(images))[:starts.stop]
+    order = runtime.epoch_order(args.seed, 0, len(images))[:starts.stop]
     scores = [score(torch.stack([images[i] for i in order[k:k + args.batch_size]]).to(run.device), None)[1]
               for k in run.progress(starts, "training statistics")]
     return torch.cat(scores).quantile(0.99).item()

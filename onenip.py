@@ -42,7 +42,6 @@ Paper, MVTec, 224 px (v2 log in brackets): I-AUROC 97.9 (98.0), I-AP 99.3, P-AUR
 """
 
 import dataclasses
-import functools
 import math
 import zlib
 from dataclasses import dataclass
@@ -491,12 +490,6 @@ class Textures:
         return (low + (high - low) * weight + noise).clip(0, 255).astype(np.uint8)
 
 
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed, epoch, n):
-    """Every training image once an epoch, in random order."""
-    return np.random.default_rng([seed, 1, epoch]).permutation(n)
-
-
 class Triplets(torch.utils.data.Dataset):
     """Sample number k of the endless training stream: a normal image, a prompt of its class, a pseudo-anomaly.
 
@@ -512,7 +505,7 @@ class Triplets(torch.utils.data.Dataset):
 
     def __getitem__(self, k):
         epoch, place = divmod(k, len(self.cls))
-        index = int(epoch_order(self.args.seed, epoch, len(self.cls))[place])
+        index = int(runtime.epoch_order(self.args.seed, epoch, len(self.cls))[place])
         rng, cls = np.random.default_rng([self.args.seed, 2, k]), self.cls[index]
         members = self.members[cls]
         prompt = members[rng.integers(len(members))] if self.args.prompt_train == "random" else self.fixed[cls]
@@ -589,7 +582,7 @@ def train(args, run, features, samples, images):
         elif dataset.synthetic:
             synthetic, mask = features(run.to_device(batch["synthetic"])), run.to_device(batch["mask"]).float()
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * lr_factor(step, steps, args.schedule)
+            group["lr"] = args.lr * runtime.lr_factor(step, steps, args.schedule)
         with run.autocast():
             loss, parts = losses(wrapped, normal, synthetic, None if args.prompt == "none" else prompt, mask, args)
         optimizer.zero_grad(set_to_none=True)
@@ -620,14 +613,6 @@ def make_bank(args, run, features, dataset):
     if bank is None:
         raise UsageError(f"--bank {args.bank} does not fit into --memory-share {args.memory_share}; use --bank 0")
     return bank, torch.stack([mask for _, mask in made])
-
-
-def lr_factor(step, steps, schedule):
-    """step: 1, then 0.1 after 80 % of the steps. cosine: linear warm-up over the first 5 %, then half a cosine to 0."""
-    if schedule == "step":
-        return 1.0 if step < 0.8 * steps else 0.1
-    warm = max(1, round(0.05 * steps))
-    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 # ------------------------------------------------------------------------------------------------------- scoring

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import functools
 import io
 import json
 import math
@@ -388,6 +389,20 @@ def write_atomic(path, data):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, n):
+    """Every training image once an epoch, in random order."""
+    return np.random.default_rng([seed, 1, epoch]).permutation(n)
+
+
+def lr_factor(step, steps, schedule):
+    """step: 1, then 0.1 after 80 % of the steps. cosine: linear warm-up over the first 5 %, then half a cosine to 0."""
+    if schedule == "step":
+        return 1.0 if step < 0.8 * steps else 0.1
+    warm = max(1, round(0.05 * steps))
+    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def precompute(run, function, images, batch_size, memory_share, desc="frozen features"):

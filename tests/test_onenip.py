@@ -443,14 +443,6 @@ def test_paper_numbers():
     assert numbers("synth", ["a"]) is None and numbers("mvtec", ["screw"], classes="screw") is None
 
 
-def test_learning_rate():
-    """Paper: x 0.1 after 80 %. Cosine: rises to the full rate within 5 %, then falls to nearly nothing."""
-    assert [onenip.lr_factor(s, 100, "step") for s in (0, 79, 80, 99)] == [1.0, 1.0, 0.1, 0.1]
-    curve = [onenip.lr_factor(s, 100, "cosine") for s in range(100)]
-    assert max(curve) == curve[4] == 1.0 and curve[0] == 0.2 and curve[99] < 0.01 and curve == curve[:5] + sorted(
-        curve[5:], reverse=True)
-
-
 # ---------------------------------------------------------------------------------- the program, as a user runs it
 
 

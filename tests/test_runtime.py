@@ -216,3 +216,11 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
         runtime.start(parse("--out", str(tmp_path / "file")), "method")
     with pytest.raises(UsageError, match="holds no run"):
         parse("--out", str(tmp_path / "nothing"), "--resume")
+
+
+def test_learning_rate():
+    """Paper: x 0.1 after 80 %. Cosine: rises to the full rate within 5 %, then falls to nearly nothing."""
+    assert [runtime.lr_factor(s, 100, "step") for s in (0, 79, 80, 99)] == [1.0, 1.0, 0.1, 0.1]
+    curve = [runtime.lr_factor(s, 100, "cosine") for s in range(100)]
+    assert max(curve) == curve[4] == 1.0 and curve[0] == 0.2 and curve[99] < 0.01
+    assert curve[4:] == sorted(curve[4:], reverse=True)
