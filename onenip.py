@@ -53,7 +53,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 
 import kernels
-from common import UsageError, backbones, data, metrics, report, runtime
+from common import UsageError, backbones, data, report, runtime
 from common.runtime import option
 
 # ------------------------------------------------------------------------------------------------------- options

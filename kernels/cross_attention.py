@@ -571,7 +571,7 @@ def forward_triton(q, k, v, scale, window, dropout_p, seed):
 
 def backward_triton(do, q, k, v, o, lse, scale, window, dropout_p, seed):
     """Gradients of q, k and v, from that of the output, do (B, H, N, D)."""
-    (B, H, N, D), M = o.shape, k.shape[2]
+    (B, H, N, _), M = o.shape, k.shape[2]
     block_n, block_m, tile, dot = _tiles(q, k, v, do)
     _, width, radius = window or (0, 1, 0)
     flags = dict(**tile, BLOCK_N=block_n, BLOCK_M=block_m, WINDOW=window is not None, DROPOUT=dropout_p > 0, DOT=dot)
