@@ -9,15 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import scipy.ndimage
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
+import contract
 import omniad
 import omniad_released
 from common import data
@@ -457,38 +456,15 @@ def finished(tiny_data, tmp_path_factory):
 
 def test_end_to_end(finished):
     """Train, evaluate, report: every file of the contract, and numbers in it that belong together."""
-    out, done = finished
-    result = json.loads((out / "metrics.json").read_text())
-    assert set(result) == {"method", "data", "setting", "classes", "mean", "mixed", "paper", "images", "seconds",
-                           "versions", "seed", "commit"}
-    assert result["method"] == "omniad" and result["images"] == 8 * 7 and result["paper"] is None
-    assert len(result["classes"]) == 8
-    keys = {"i_auroc", "i_ap", "i_f1max", "p_auroc", "p_ap", "p_f1max", "p_aupro", "mad"}
-    for row in [*result["classes"].values(), result["mean"], result["mixed"]]:
-        assert set(row) == keys and all(0 <= v <= 1 for v in row.values())
-    for key in keys:
-        assert result["mean"][key] == pytest.approx(np.mean([row[key] for row in result["classes"].values()]))
-    rows = list(csv.DictReader(open(out / "scores.csv")))
-    assert list(rows[0]) == ["path", "class", "label", "score"] and len(rows) == 56
-    from sklearn.metrics import roc_auc_score
-    for name, row in result["classes"].items():
-        of = [(int(r["label"]), float(r["score"])) for r in rows if r["class"] == name]
-        assert row["i_auroc"] == pytest.approx(roc_auc_score(*zip(*of)))
-        kept = np.load(out / "maps" / f"{name}.npz")
-        assert row["p_auroc"] == pytest.approx(roc_auc_score(kept["masks"].ravel(), kept["maps"].ravel()))
-        assert [score for _, score in of] == pytest.approx(kept["maps"].max((1, 2)).tolist(), rel=1e-5)
+    result, log, state, kept = contract.check_files(finished, "omniad")
     assert result["mean"]["p_auroc"] > 0.55, "twelve steps on pretrained features beat chance by far"
-    log = [json.loads(line) for line in open(out / "log.jsonl")]
+    for maps, scores in kept.values():
+        assert [score for _, score in scores] == pytest.approx(maps["maps"].max((1, 2)).tolist(), rel=1e-5)
     assert [line["step"] for line in log] == [4, 8, 12]
     assert {"loss", "f1", "f2", "f3", "lr", "images_per_s"} <= set(log[0])
     assert log[0]["loss"] == pytest.approx(log[0]["f1"] + log[0]["f2"] + log[0]["f3"], rel=1e-4)
     assert log[2]["loss"] < log[0]["loss"]
-    state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert state["step"] == 12 and state["normal_score"] > 0
-    for name in ["overview", *result["classes"]]:
-        assert min(Image.open(out / "pictures" / f"{name}.png").size) > 100
-    assert "mixed" in done.stdout and f"{100 * result['mean']['i_auroc']:.1f}" in done.stdout
-    assert done.stderr == "", "progress bars are silent when stderr is no terminal"
 
 
 def test_two_evaluations_of_one_checkpoint_give_the_same_bits(finished, tmp_path, command, metrics_of):
@@ -506,36 +482,12 @@ def test_two_evaluations_of_one_checkpoint_give_the_same_bits(finished, tmp_path
 def test_killed_and_resumed_is_uninterrupted(finished, tiny_data, tmp_path, command, metrics_of):
     """SIGKILL between two checkpoints, then --resume: the numbers, the log and the weights of the run that was never
     interrupted, jitter included."""
-    out = tmp_path / "run"
-    words = [sys.executable, omniad.__file__, "--data", tiny_data, "--out", out, *SMALL]
-    process = subprocess.Popen([str(w) for w in words], stdout=subprocess.DEVNULL)
-    while not (out / "checkpoint.pt").is_file():  # step 4 of 12
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (out / "metrics.json").exists()
-    refused = command("omniad", "--data", tiny_data, "--out", out, *SMALL)
-    assert refused.status == 2 and "--resume" in refused.err
-    assert command("omniad", "--out", out, "--resume").status == 0
-    assert metrics_of(out) == metrics_of(finished[0])
-    losses = lambda folder: [(line["step"], line["loss"]) for line in map(json.loads, open(folder / "log.jsonl"))]
-    assert losses(out) == losses(finished[0])
-    a, b = (torch.load(folder / "checkpoint.pt", weights_only=True)["model"] for folder in (out, finished[0]))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    contract.check_killed_and_resumed(omniad, ("--data", tiny_data, *SMALL), finished, tmp_path / "run", command, metrics_of)
 
 
 def test_predict(finished, tiny_data, tmp_path, command):
-    """Scores and heat-maps of unlabelled images, without the training data; a score equals the evaluation's."""
-    rows = list(csv.DictReader(open(finished[0] / "scores.csv")))
-    chosen, folder = rows[3], tiny_data / "screw" / "train"
-    done = command("omniad", "--eval", finished[0] / "checkpoint.pt", "--predict", chosen["path"], folder,
-                   "--out", tmp_path / "p")
-    assert done.status == 0
-    written = list(csv.DictReader(open(tmp_path / "p" / "predictions.csv")))
-    assert list(written[0]) == ["path", "score", "ratio"] and len(written) == 7
-    assert float(written[0]["score"]) == pytest.approx(float(chosen["score"]), rel=1e-4)
-    assert len(list((tmp_path / "p" / "pictures").iterdir())) == 7
+    """The method's own column: the score as a share of the training images' 99 %."""
+    contract.check_predict(omniad, ("ratio",), finished, tiny_data, tmp_path / "p", command)
 
 
 def test_corruption_and_options_at_evaluation(finished, tmp_path, command, metrics_of):
@@ -562,12 +514,8 @@ def test_every_ablation_runs(words, tiny_data, tmp_path, command, metrics_of):
 
 
 def test_features_computed_on_the_fly_train_the_same_model(tiny_data, tmp_path, command):
-    """Without memory for frozen features they come from the images at every step: the same training within rounding."""
     words = ("--data", tiny_data, "--classes", "screw,capsule", *SMALL, "--steps", 3, "--log-every", 1, "--amp", "off")
-    for share in (0.5, 0):
-        assert command("omniad", *words, "--memory-share", share, "--out", tmp_path / str(share)).status == 0
-    a, b = ([json.loads(line)["loss"] for line in open(tmp_path / str(share) / "log.jsonl")] for share in (0.5, 0))
-    assert a == pytest.approx(b, rel=1e-3)
+    contract.check_features_on_the_fly(omniad, words, tmp_path, command)
 
 
 def test_released_behaviour_through_the_command_line(tiny_data, tmp_path, command, metrics_of):

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import contract
 import onenip
 from common import UsageError, data, runtime
 
@@ -460,38 +460,13 @@ def finished(tiny_data, tmp_path_factory):
     return out, done
 
 
-def test_end_to_end(finished, tiny_data):
+def test_end_to_end(finished):
     """Train, evaluate, report: every file of the contract, and numbers in it that belong together."""
-    out, done = finished
-    result = json.loads((out / "metrics.json").read_text())
-    assert sorted(result) == sorted("method data setting classes mean mixed paper images seconds versions seed commit".split())
-    assert result["method"] == "onenip" and result["images"] == 8 * 7 and result["paper"] is None
-    assert len(result["classes"]) == 8
-    keys = {"i_auroc", "i_ap", "i_f1max", "p_auroc", "p_ap", "p_f1max", "p_aupro", "mad"}
-    for row in [*result["classes"].values(), result["mean"], result["mixed"]]:
-        assert set(row) == keys and all(0 <= v <= 1 for v in row.values())
-    for key in keys:
-        assert result["mean"][key] == pytest.approx(np.mean([row[key] for row in result["classes"].values()]))
+    result, log, state, _ = contract.check_files(finished, "onenip")
     assert result["setting"]["textures"] == "drawn by code"
-    rows = list(csv.DictReader(open(out / "scores.csv")))
-    assert list(rows[0]) == ["path", "class", "label", "score"] and len(rows) == 56
-    # the table's numbers follow from the files
-    from sklearn.metrics import roc_auc_score
-    for name, row in result["classes"].items():
-        of = [(int(r["label"]), float(r["score"])) for r in rows if r["class"] == name]
-        assert row["i_auroc"] == pytest.approx(roc_auc_score(*zip(*of)))
-        kept = np.load(out / "maps" / f"{name}.npz")
-        assert row["p_auroc"] == pytest.approx(roc_auc_score(kept["masks"].ravel(), kept["maps"].ravel()))
-        assert kept["labels"].tolist() == [label for label, _ in of]
     assert result["mean"]["p_auroc"] > 0.55, "twelve steps on pretrained features beat chance by far"
-    log = [json.loads(line) for line in open(out / "log.jsonl")]
     assert [line["step"] for line in log] == [4, 8, 12] and {"loss", "rec", "res", "seg", "lr"} <= set(log[0])
-    state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert state["step"] == 12 and state["classes"] == sorted(result["classes"])
-    for name in ["overview", *result["classes"]]:
-        assert min(Image.open(out / "pictures" / f"{name}.png").size) > 100
-    assert "mixed" in done.stdout and f"{100 * result['mean']['i_auroc']:.1f}" in done.stdout
-    assert done.stderr == "", "progress bars are silent when stderr is no terminal"
 
 
 def test_second_run_and_evaluation_of_the_checkpoint_are_identical(finished, tiny_data, tmp_path, command, metrics_of):
@@ -508,34 +483,12 @@ def test_second_run_and_evaluation_of_the_checkpoint_are_identical(finished, tin
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_killed_and_resumed_is_uninterrupted(finished, tiny_data, tmp_path, command, metrics_of):
     """SIGKILL between two checkpoints, then --resume: the numbers and the log of the run that was never interrupted."""
-    out = tmp_path / "run"
-    words = [sys.executable, onenip.__file__, "--data", tiny_data, "--out", out, *SMALL]
-    process = subprocess.Popen([str(w) for w in words], stdout=subprocess.DEVNULL)
-    while not (out / "checkpoint.pt").is_file():  # step 4 of 12
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (out / "metrics.json").exists()
-    refused = command("onenip", "--data", tiny_data, "--out", out, *SMALL)
-    assert refused.status == 2 and "--resume" in refused.err
-    assert command("onenip", "--out", out, "--resume").status == 0
-    assert metrics_of(out) == metrics_of(finished[0])
-    losses = lambda folder: [(line["step"], line["loss"]) for line in map(json.loads, open(folder / "log.jsonl"))]
-    assert losses(out) == losses(finished[0])
+    contract.check_killed_and_resumed(onenip, ("--data", tiny_data, *SMALL), finished, tmp_path / "run", command, metrics_of)
 
 
 def test_predict(finished, tiny_data, tmp_path, command):
-    """Scores and heat-maps of unlabelled images, without the training data; a score equals the evaluation's."""
-    rows = list(csv.DictReader(open(finished[0] / "scores.csv")))
-    chosen, folder = rows[3], tiny_data / "screw" / "train"
-    done = command("onenip", "--eval", finished[0] / "checkpoint.pt", "--predict", chosen["path"], folder,
-                   "--out", tmp_path / "p")
-    assert done.status == 0
-    written = list(csv.DictReader(open(tmp_path / "p" / "predictions.csv")))
-    assert list(written[0]) == ["path", "score", "ratio", "prompt"] and len(written) == 7
-    assert float(written[0]["score"]) == pytest.approx(float(chosen["score"]), rel=1e-4)
-    assert len(list((tmp_path / "p" / "pictures").iterdir())) == 7
+    """The method's own columns: the score as a share of the training images' 99 %, and the class of the prompt."""
+    contract.check_predict(onenip, ("ratio", "prompt"), finished, tiny_data, tmp_path / "p", command)
 
 
 def test_corruption_and_options_at_evaluation(finished, tmp_path, command, metrics_of):
@@ -561,13 +514,9 @@ def test_every_ablation_runs(words, tiny_data, tmp_path, command, metrics_of):
     assert set(metrics_of(out)["classes"]) == {"screw", "capsule"}
 
 
-def test_features_computed_on_the_fly_train_the_same_model(tiny_data, tmp_path, command, metrics_of):
-    """Without memory for frozen features they come from the images at every step: the same training within rounding."""
+def test_features_computed_on_the_fly_train_the_same_model(tiny_data, tmp_path, command):
     words = ("--data", tiny_data, "--classes", "screw,capsule", *SMALL, "--steps", 3, "--log-every", 1)
-    for share in (0.5, 0):
-        assert command("onenip", *words, "--memory-share", share, "--out", tmp_path / str(share)).status == 0
-    a, b = ([json.loads(line)["loss"] for line in open(tmp_path / str(share) / "log.jsonl")] for share in (0.5, 0))
-    assert a == pytest.approx(b, rel=1e-3)
+    contract.check_features_on_the_fly(onenip, words, tmp_path, command)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo is tested on Linux and macOS")

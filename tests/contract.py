@@ -1,0 +1,97 @@
+"""What every method's script must keep, whatever it computes: checks that the tests of all scripts call.
+
+`finished` is a run of the eight tiny classes (7 test images each) with --save-maps: (its folder, the finished process).
+"""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+METRICS = {"i_auroc", "i_ap", "i_f1max", "p_auroc", "p_ap", "p_f1max", "p_aupro", "mad"}
+
+
+def read_log(folder):
+    return [json.loads(line) for line in open(folder / "log.jsonl")]
+
+
+def check_files(finished, method):
+    """Every file of the contract is there, and the table's numbers follow from scores.csv and the maps.
+
+    Returns metrics.json, the log's lines, the checkpoint, and {class: (its maps.npz, [(label, score)])} for what only
+    the method's own test can judge.
+    """
+    out, done = finished
+    result = json.loads((out / "metrics.json").read_text())
+    assert set(result) == {"method", "data", "setting", "classes", "mean", "mixed", "paper", "images", "seconds",
+                           "versions", "seed", "commit"}
+    assert result["method"] == method and result["images"] == 8 * 7 and result["paper"] is None
+    assert len(result["classes"]) == 8
+    for row in [*result["classes"].values(), result["mean"], result["mixed"]]:
+        assert set(row) == METRICS and all(0 <= v <= 1 for v in row.values())
+    for key in METRICS:
+        assert result["mean"][key] == pytest.approx(np.mean([row[key] for row in result["classes"].values()]))
+    rows = list(csv.DictReader(open(out / "scores.csv")))
+    assert list(rows[0]) == ["path", "class", "label", "score"] and len(rows) == 8 * 7
+    kept = {}
+    for name, row in result["classes"].items():
+        scores = [(int(r["label"]), float(r["score"])) for r in rows if r["class"] == name]
+        maps = np.load(out / "maps" / f"{name}.npz")
+        assert row["i_auroc"] == pytest.approx(roc_auc_score(*zip(*scores)))
+        assert row["p_auroc"] == pytest.approx(roc_auc_score(maps["masks"].ravel(), maps["maps"].ravel()))
+        assert maps["labels"].tolist() == [label for label, _ in scores]
+        kept[name] = maps, scores
+    for name in ["overview", *result["classes"]]:
+        assert min(Image.open(out / "pictures" / f"{name}.png").size) > 100
+    assert "mixed" in done.stdout and f"{100 * result['mean']['i_auroc']:.1f}" in done.stdout
+    assert done.stderr == "", "progress bars are silent when stderr is no terminal"
+    return result, read_log(out), torch.load(out / "checkpoint.pt", weights_only=True), kept
+
+
+def check_killed_and_resumed(script, words, finished, out, command, metrics_of):
+    """The run of `words` ends by SIGKILL after its first checkpoint; --resume then gives the numbers, the log and the
+    weights of `finished`, the same run uninterrupted."""
+    words = [*map(str, words), "--out", str(out)]
+    process = subprocess.Popen([sys.executable, script.__file__, *words], stdout=subprocess.DEVNULL)
+    while not (out / "checkpoint.pt").is_file():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "metrics.json").exists()
+    refused = command(script.__name__, *words)
+    assert refused.status == 2 and "--resume" in refused.err
+    assert command(script.__name__, "--out", out, "--resume").status == 0
+    assert metrics_of(out) == metrics_of(finished[0])
+    losses = [[(line["step"], line["loss"]) for line in read_log(folder)] for folder in (out, finished[0])]
+    assert losses[0] == losses[1]
+    a, b = (torch.load(folder / "checkpoint.pt", weights_only=True)["model"] for folder in (out, finished[0]))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def check_predict(script, columns, finished, tiny_data, out, command):
+    """Scores and heat-maps of unlabelled images, without the training data; a score equals the evaluation's."""
+    chosen, folder = list(csv.DictReader(open(finished[0] / "scores.csv")))[3], tiny_data / "screw" / "train"
+    done = command(script.__name__, "--eval", finished[0] / "checkpoint.pt", "--predict", chosen["path"], folder,
+                   "--out", out)
+    assert done.status == 0
+    written = list(csv.DictReader(open(out / "predictions.csv")))
+    assert list(written[0]) == ["path", "score", *columns] and len(written) == 7
+    assert float(written[0]["score"]) == pytest.approx(float(chosen["score"]), rel=1e-4)
+    assert len(list((out / "pictures").iterdir())) == 7
+
+
+def check_features_on_the_fly(script, words, folder, command):
+    """Without memory for frozen features they come from the images at every step: the same training within rounding."""
+    for share in (0.5, 0):
+        assert command(script.__name__, *words, "--memory-share", share, "--out", folder / str(share)).status == 0
+    a, b = ([line["loss"] for line in read_log(folder / str(share))] for share in (0.5, 0))
+    assert a == pytest.approx(b, rel=1e-3)
