@@ -23,6 +23,15 @@ def read_log(folder):
     return [json.loads(line) for line in open(folder / "log.jsonl")]
 
 
+def first_run(script, words, folder):
+    """One small run through the real command line, in a process of its own and from another folder: what the checks
+    below call `finished`."""
+    words = [sys.executable, script.__file__, *words, "--out", folder / "first", "--save-maps"]
+    done = subprocess.run([str(w) for w in words], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "first", done
+
+
 def check_files(finished, method):
     """Every file of the contract is there, and the table's numbers follow from scores.csv and the maps.
 

@@ -446,12 +446,7 @@ SMALL = ("--image-size", 64, "--depths", "1,1,1,1", "--tokens", 4, "--batch-size
 
 @pytest.fixture(scope="module")
 def finished(tiny_data, tmp_path_factory):
-    """One small run through the real command line, in a process of its own: folder, stdout."""
-    out = tmp_path_factory.mktemp("runs") / "first"
-    words = [sys.executable, omniad.__file__, "--data", tiny_data, "--out", out, "--save-maps", *SMALL]
-    done = subprocess.run([str(w) for w in words], capture_output=True, text=True, cwd=tmp_path_factory.getbasetemp())
-    assert done.returncode == 0, done.stderr
-    return out, done
+    return contract.first_run(omniad, ("--data", tiny_data, *SMALL), tmp_path_factory.mktemp("runs"))
 
 
 def test_end_to_end(finished):
