@@ -402,6 +402,12 @@ class Scorer:
         flat = s.flatten(1)  # (B, S, S) -> (B, S²)
         return s, flat.amax(1) if self.args.score == "max" else flat.topk(flat.shape[1] // 100, dim=1).values.mean(1)
 
+    @torch.no_grad()
+    def pooled(self, images):
+        """The bottleneck averaged over its positions, (B, 3, S, S) -> (B, 2 C3): --save-maps keeps it for CADA."""
+        with self.run.autocast():
+            return self.model.neck(*self.features.split(self.features(images))).mean((2, 3))
+
 
 def normal_score(args, run, features, model, images):
     """The 99 % quantile of the image scores of up to 256 training images (what --predict compares with)."""
@@ -455,7 +461,7 @@ def main(method="omniad"):
         "image score": "max" if args.score == "max" else "mean of the highest 1 %",
         "parameters": sum(p.numel() for p in model.parameters()), "steps": state["step"]}
     report.evaluate(run, args, dataset, score, setting=setting, seconds=state["seconds"],
-                    paper=paper_numbers(dataset, args))
+                    paper=paper_numbers(dataset, args), pooled=score.pooled)
 
 
 def check_heads(channels, args):

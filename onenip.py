@@ -666,7 +666,7 @@ class Scorer:
     def __init__(self, args, run, features, model, state, samples=None, images=None):
         self.args, self.run, self.features, self.model = args, run, features, model.eval()
         self.classes, self.scale, self.chosen = state["classes"], state["scale"], {}
-        self.pooled = F.normalize(run.to_device(state["pool"]).mean((2, 3)), dim=1)  # (classes, C)
+        self.fingerprints = F.normalize(run.to_device(state["pool"]).mean((2, 3)), dim=1)  # (classes, C)
         self.images, self.members = images, {}
         if args.prompt_test == "random" and args.prompt != "none":
             self.members = {c: [i for i, s in enumerate(samples) if s.cls == c] for c in self.classes}
@@ -680,9 +680,15 @@ class Scorer:
             s_rec, mask = raw_maps(self.model, x, self.prompt_of(x, samples), self.args)
         return combine(s_rec, mask, self.scale, self.args)
 
+    @torch.no_grad()
+    def pooled(self, images):
+        """The encoded tokens' average, (B, 3, S, S) -> (B, D): --save-maps keeps it for CADA."""
+        with self.run.autocast():
+            return self.model.encode(self.features(images)).mean(1)
+
     def prompt_of(self, x, samples):
         """Encoded prompts (B, N, D): of the class whose pooled feature is most similar (cosine), no label needed."""
-        similar = (F.normalize(x.mean((2, 3)), dim=1) @ self.pooled.T).argmax(1).tolist()
+        similar = (F.normalize(x.mean((2, 3)), dim=1) @ self.fingerprints.T).argmax(1).tolist()
         self.chosen.update({str(s.image): self.classes[i] for s, i in zip(samples, similar)})
         if self.encoded is None:
             return None
@@ -746,7 +752,7 @@ def main():
     accuracy = lambda: {"prompt selection accuracy": np.mean(run.gather(
         [score.selection([s]) for s in dataset.test[run.rank::run.world] if s.cls in score.classes]) or [0.0]).item()}
     report.evaluate(run, args, dataset, score, setting=setting, seconds=state["seconds"],
-                    paper=paper_numbers(dataset, args), extra=accuracy)
+                    paper=paper_numbers(dataset, args), extra=accuracy, pooled=score.pooled)
 
 
 def test_scale(args, run, features, model, state, dataset):

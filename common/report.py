@@ -1,4 +1,4 @@
-"""The evaluation that all four methods share, and what it leaves behind: the table, metrics.json, scores.csv, pictures.
+"""The evaluation that all four methods share, and what it leaves behind: tables, metrics.json, scores.csv, pictures.
 
 A script gives a function `score(images, samples) -> (maps, scores)`; everything after that is here.
 """
@@ -6,7 +6,9 @@ A script gives a function `score(images, samples) -> (maps, scores)`; everything
 import csv
 import io
 import json
+import math
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,30 +20,25 @@ COLUMNS = {"i_auroc": "I-AUROC", "i_ap": "I-AP", "i_f1max": "I-F1max", "p_auroc"
            "p_f1max": "P-F1max", "p_aupro": "P-AUPRO", "mad": "mAD"}
 
 
-def evaluate(run, args, dataset, score, *, setting, seconds, paper=None, extra=dict):
-    """One pass over the test images: metrics, table, files.
+@dataclass
+class Pass:
+    """One pass over the test images, the same on every rank."""
 
-    Args:
-        score: (images (B, 3, S, S) uint8 on the run's device, their B samples) -> (maps (B, S, S), scores (B,)),
-            float tensors; must not depend on what else is in the batch.
-        setting: {name: value}, printed above the table and kept in metrics.json (size, smoothing, image-score rule...).
-        seconds: of the training.
-        paper: {"source": str, "classes": {name: {metric: fraction}}, "mean": {...}, ...} or None.
-        extra: called after the pass; its dict joins metrics.json's "setting".
-    Returns:
-        The content of metrics.json.
-    """
-    began = time.monotonic()
-    corrupt = corruption(args)
+    rep: dict  # metrics.evaluate's report
+    rows: list  # (path, class, label, score), in the data's order
+    kept: list  # (path, sample, score, features, map, mask), in the data's order; empty unless they are to be kept
+    vanished: int  # masks lost by resizing
+
+
+def measure(run, args, dataset, score, *, corrupt=None, keep=False, pooled=None):
+    """One pass over the test images that writes nothing. Arguments as in `evaluate`; corrupt: (name, severity) or
+    None; keep: keep the maps. Returns a `Pass`."""
     samples = dataset.test[run.rank::run.world]  # every rank scores its share
     images = data.Images(samples, args.image_size, corrupt=corrupt, mask_rule=args.mask_rule)
     accumulator = metrics.Accumulator(expected_pixels=len(dataset.test) * args.image_size ** 2)
-    rows, kept = [], {}
-    starts = range(0, len(samples), args.batch_size)
-    loader = run.loader(images, [list(range(i, min(i + args.batch_size, len(samples)))) for i in starts], args.workers)
-    for first, batch in zip(starts, run.progress(loader, "evaluation", len(starts))):
-        part = samples[first:first + len(batch)]
-        maps, scores = (t.float().cpu().numpy() for t in score(run.to_device(batch), part))
+    rows, kept = [], []
+    title = "{}, severity {}".format(*corrupt) if corrupt else "evaluation"
+    for first, batch, part, maps, scores in _scored(run, args, images, score, title):
         masks = [images.mask(first + i).numpy() for i in range(len(part))]
         names = [str(s.image) for s in part]
         # A defective image without a mask (Real-IAD has some) counts for the image metrics only: an empty map.
@@ -50,14 +47,50 @@ def evaluate(run, args, dataset, score, *, setting, seconds, paper=None, extra=d
                            [g if k else g[:0, :0] for g, k in zip(masks, known)],
                            scores, [s.label for s in part], [s.cls for s in part], names)
         rows += [(name, s.cls, s.label, float(value)) for name, s, value in zip(names, part, scores)]
-        if args.save_maps:
-            for s, name, m, g in zip(part, names, maps, masks):
-                kept.setdefault(s.cls, []).append((name, s.label, m, g))
-    rows, kept, vanished = run.gather(rows), run.gather([kept]), sum(run.gather([images.vanished]))
-    rep = metrics.reduce(accumulator)
-    order = {str(s.image): i for i, s in enumerate(dataset.test)}
-    rows.sort(key=lambda row: order[row[0]])
+        if keep:
+            kept += zip(names, part, scores, _features(pooled, batch, part), maps, masks)
+    return Pass(metrics.reduce(accumulator), *(_in_order(run.gather(rows), dataset.test) for rows in (rows, kept)),
+                sum(run.gather([images.vanished])))
 
+
+def _scored(run, args, images, score, title):
+    """Yield (index of the first, images, samples, maps, scores) batch by batch; maps and scores as numpy arrays."""
+    starts, size = range(0, len(images), args.batch_size), args.batch_size
+    loader = run.loader(images, [list(range(i, min(i + size, len(images)))) for i in starts], args.workers)
+    for first, batch in zip(starts, run.progress(loader, title, len(starts))):
+        part, batch = images.samples[first:first + len(batch)], run.to_device(batch)
+        yield first, batch, part, *(t.float().cpu().numpy() for t in score(batch, part))
+
+
+def _features(pooled, batch, part):
+    return pooled(batch).float().cpu().numpy() if pooled else [None] * len(part)
+
+
+def _in_order(rows, samples):
+    """Rows that begin with a path, in the order of the samples."""
+    order = {str(s.image): i for i, s in enumerate(samples)}
+    return sorted(rows, key=lambda row: order[row[0]])
+
+
+def evaluate(run, args, dataset, score, *, setting, seconds, paper=None, extra=dict, pooled=None, compare=None):
+    """The evaluation of a trained model: metrics, tables, files.
+
+    Args:
+        score: (images (B, 3, S, S) uint8 on the run's device, their B samples) -> (maps (B, S, S), scores (B,)),
+            float tensors; must not depend on what else is in the batch.
+        setting: {name: value}, printed above the table and kept in metrics.json (size, smoothing, image-score rule...).
+        seconds: of the training.
+        paper: {"source": str, "classes": {name: {metric: fraction}}, "mean": {...}, ...} or None.
+        extra: called after each pass over the test images; its dict joins that pass's "setting" in metrics.json.
+        pooled: (images) -> (B, C), one feature vector per image, kept beside the maps by --save-maps; or None.
+        compare: {name: report of `measure`}: what stands beside this result in a second table; or None.
+    Returns:
+        The content of metrics.json.
+    """
+    began = time.monotonic()
+    corrupt = corruption(args)
+    main = measure(run, args, dataset, score, corrupt=corrupt, keep=args.save_maps, pooled=pooled)
+    rep = main.rep
     means = {name: metrics.mean([rep["classes"][c] for c in classes]) for name, classes in dataset.groups.items()}
     result = {
         "method": run.method, "data": dataset.name + ("" if not args.corrupt else " + " + ":".join(map(str, corrupt))),
@@ -65,28 +98,46 @@ def evaluate(run, args, dataset, score, *, setting, seconds, paper=None, extra=d
         "classes": rep["classes"], "mean": rep["mean"], "mixed": rep["mixed"],
         **({"datasets": means} if len(means) > 1 else {}),
         **({"error_bounds": rep["error_bounds"]} if "error_bounds" in rep else {}),
-        "paper": paper, "images": len(rows),
-        "seconds": {"train": round(seconds, 1), "evaluate": round(time.monotonic() - began, 1)},
+        **({"compare": {name: _three(r) for name, r in compare.items()}} if compare else {}),
+        "paper": paper, "images": len(main.rows), "seconds": {"train": round(seconds, 1)},
         "versions": runtime.environment(), "seed": args.seed, "commit": runtime.commit(),
     }
     missing = sum(s.label and s.mask is None for s in dataset.test)
-    for what, number in (("masks lost by resizing", vanished), ("defects without a mask", missing)):
+    for what, number in (("masks lost by resizing", main.vanished), ("defects without a mask", missing)):
         if number:
             result["setting"][what] = number
+    for name, severity in shifts(args):
+        shifted = measure(run, args, dataset, score, corrupt=(name, severity)).rep
+        result.setdefault("shift", {})[f"{name}:{severity}"] = {"setting": extra(), **_three(shifted)}
+    if args.save_maps:
+        _save_maps(run, args, dataset, score, pooled, main.kept)
     if run.main:
-        pictures(run, args, dataset, rows, score, corrupt)
-        for cls in dataset.classes if args.save_maps else ():
-            _save_maps(run.out / "maps", cls, [row for part in kept for row in part.get(cls, [])], order)
-        _write_csv(run.out / "scores.csv", ("path", "class", "label", "score"), rows)
+        pictures(run, args, dataset, main.rows, score, corrupt)
+        if args.shift == "curve":
+            curves(run.out / "pictures" / "shift.png", result)
+        _write_csv(run.out / "scores.csv", ("path", "class", "label", "score"), main.rows)
+        result["seconds"]["evaluate"] = round(time.monotonic() - began, 1)
         runtime.write_atomic(run.out / "metrics.json", (json.dumps(result, indent=1) + "\n").encode())
-        run.say(table(result))
+        for text in (table(result), compare_table(result), shift_table(result)):
+            if text:
+                run.say(text)
         run.say(f"\n{run.out}: metrics.json, scores.csv, pictures/")
     return result
+
+
+def _three(rep):
+    return {part: rep[part] for part in ("classes", "mean", "mixed")}
 
 
 def corruption(args):
     """--corrupt NAME[:SEVERITY] -> (name, severity), or None."""
     return corruptions.parse(args.corrupt) if args.corrupt else None
+
+
+def shifts(args):
+    """--shift -> [(name, severity)]: the further test sets, each judged on its own (ROADS's benchmark)."""
+    severities = {"": (), "all": (3,), "curve": (1, 2, 3, 4, 5)}[args.shift]
+    return [(name, severity) for name in corruptions.NAMES for severity in severities]
 
 
 def predict(run, args, score, columns):
@@ -109,7 +160,8 @@ def predict(run, args, score, columns):
         maps, scores = (t.float().cpu().numpy() for t in score(batch.to(run.device), part))
         for i, (sample, m, s) in enumerate(zip(part, maps, scores), first):
             rgb, low, high = _rgb(batch[i - first]), m.min(), m.max()
-            _strip([rgb, heat(m, low, high), overlay(rgb, m, low, high)]).save(maps_folder / f"{i:05d}-{sample.image.stem}.png")
+            strip = _strip([rgb, heat(m, low, high), overlay(rgb, m, low, high)])
+            strip.save(maps_folder / f"{i:05d}-{sample.image.stem}.png")
             rows.append((str(sample.image), float(s), *(column(sample, float(s)) for column in columns.values())))
     _write_csv(run.out / "predictions.csv", ("path", "score", *columns), rows)
     for row in rows[:20]:
@@ -125,7 +177,7 @@ def table(result):
     paper = result["paper"] or {}
     width = max(12, *(len(name) + 2 for name in result["classes"]))
     line = lambda name, values: f"{name:<{width}}" + "".join(
-        f"{'-' if values.get(k) is None else format(100 * values[k], '.1f'):>9}" for k in COLUMNS)
+        f"{_percent(values.get(k)):>9}" for k in COLUMNS)
     out = ["", "  ".join(f"{k}: {v}" for k, v in result["setting"].items()), "",
            " " * width + "".join(f"{name:>9}" for name in COLUMNS.values())]
     for name, values in result["classes"].items():
@@ -144,6 +196,50 @@ def table(result):
     return "\n".join(out)
 
 
+def compare_table(result):
+    """Other results (CADA's Table 1): means over classes (model-unified) and the pool (absolute-unified)."""
+    if "compare" not in result:
+        return ""
+    keys = ("i_auroc", "i_ap", "p_auroc", "p_ap")
+    reports = {**result["compare"], "this result": result}
+    width = 2 + max(map(len, reports))
+    out = ["", f"{'':<{width}}{'mean over classes (model-unified)':^36}{'one pool (absolute-unified)':^36}",
+           " " * width + "".join(f"{COLUMNS[key]:>9}" for key in keys) * 2]
+    for name, rep in reports.items():
+        values = [rep[part][key] for part in ("mean", "mixed") for key in keys]
+        out.append(f"{name:<{width}}" + "".join(f"{_percent(value):>9}" for value in values))
+    return "\n".join(out)
+
+
+def shift_table(result):
+    """ROADS's tables: clean I-AUROC/P-AUROC (Table 1), I-AUROC/P-AUPRO per class and condition at severity 3 (Table 2),
+    P-AUPRO in and out of distribution, the latter as the mean of the four (Table 4)."""
+    if "shift" not in result:
+        return ""
+    conditions = {"clean": result, **{name: result["shift"][f"{name}:3"] for name in corruptions.NAMES}}
+    width = max(24, *(len(name) + 2 for name in result["classes"]))
+    pair = lambda values, a, b: f"{_percent(values[a])}/{_percent(values[b])}"
+    row = lambda name, cells: f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells)
+    line = lambda name, of: row(name, [pair(of(result), "i_auroc", "p_auroc"), *(
+        pair(of(condition), "i_auroc", "p_aupro") for condition in conditions.values())])
+    out = ["", row("domain shift, severity 3", ["clean", *conditions]),
+           row("", ["I-/P-AUROC"] + ["I-AUROC/P-AUPRO"] * len(conditions))]
+    out += [line(name, lambda condition: condition["classes"][name]) for name in result["classes"]]
+    out += ["-" * (width + 16 * 6), line("mean", lambda condition: condition["mean"]),
+            line("mixed", lambda condition: condition["mixed"])]
+    for key in conditions[corruptions.NAMES[0]]["setting"]:  # what the method itself reports on each condition
+        cells = [condition["setting"][key] for condition in conditions.values()]
+        out.append(row(key, ["", *(_percent(c) if isinstance(c, float) else str(c) for c in cells)]))
+    clean, *shifted = (condition["mean"]["p_aupro"] for condition in conditions.values())
+    if None not in shifted:
+        out.append(f"P-AUPRO: in distribution {_percent(clean)}, out of distribution {_percent(np.mean(shifted))}")
+    return "\n".join(out)
+
+
+def _percent(value):
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
 def _write_csv(path, header, rows):
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -152,12 +248,30 @@ def _write_csv(path, header, rows):
     runtime.write_atomic(path, text.getvalue().encode())
 
 
-def _save_maps(folder, cls, rows, order):
-    rows.sort(key=lambda row: order[row[0]])
-    folder.mkdir(exist_ok=True)
+def _save_maps(run, args, dataset, score, pooled, kept):
+    """--save-maps: maps/CLASS.npz of the test images (`kept`), maps/train/CLASS.npz of the training images, which are
+    scored for it: what a method that works on maps needs (CADA's --base-run)."""
+    for cls in dataset.classes:
+        if run.main:
+            _save_class(run.out / "maps", cls, [row for row in kept if row[1].cls == cls])
+        samples = [s for s in dataset.train if s.cls == cls]  # one class at a time: all maps may not fit into memory
+        images, rows = data.Images(samples[run.rank::run.world], args.image_size), []
+        for _, batch, part, maps, scores in _scored(run, args, images, score, f"training maps, {cls}"):
+            rows += zip([str(s.image) for s in part], part, scores, _features(pooled, batch, part), maps)
+        rows = _in_order(run.gather(rows), samples)
+        if run.main:
+            _save_class(run.out / "maps" / "train", cls, rows)
+
+
+def _save_class(folder, cls, rows):
+    paths, samples, scores, features, *pixels = zip(*rows)
+    arrays = dict(paths=np.array(paths), labels=np.array([s.label for s in samples]), scores=np.array(scores))
+    if features[0] is not None:
+        arrays["features"] = np.stack(features)  # (N, C)
+    arrays.update(zip(("maps", "masks"), map(np.stack, pixels)))  # (N, S, S) each; no masks of training images
+    folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
-    np.savez(buffer, paths=np.array([r[0] for r in rows]), labels=np.array([r[1] for r in rows]),
-             maps=np.stack([r[2] for r in rows]), masks=np.stack([r[3] for r in rows]))
+    np.savez(buffer, **arrays)
     runtime.write_atomic(folder / f"{cls}.npz", buffer.getbuffer())
 
 
@@ -167,6 +281,7 @@ def _save_maps(folder, cls, rows, order):
 _HEAT = np.array([[0, 0, 4], [40, 11, 84], [101, 21, 110], [159, 42, 99], [212, 72, 66], [245, 125, 21],
                   [250, 193, 39], [252, 255, 164]], float)
 _GREEN, _RED, _GREY = (64, 160, 72), (208, 60, 56), (90, 90, 90)
+_LINES = (230, 159, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167)  # told apart without seeing red or green, too
 
 
 def heat(values, low, high):
@@ -209,7 +324,8 @@ def pictures(run, args, dataset, rows, score, corrupt):
             if title == "median":
                 overview.append(strip)
         histogram = _histogram([r[3] for r in good], [r[3] for r in bad], strips[0].width)
-        _column([*strips, _titled(histogram, "image scores: good (green), defective (red)")]).save(folder / f"{cls}.png")
+        strips.append(_titled(histogram, "image scores: good (green), defective (red)"))
+        _column(strips).save(folder / f"{cls}.png")
     if overview:
         half = -(-len(overview) // 2)  # two columns of classes
         columns = [_column(overview[i:i + half]) for i in range(0, len(overview), half)]
@@ -246,11 +362,54 @@ def _titled(picture, text):
     return canvas
 
 
-def _histogram(good, bad, width, height=120, bins=40):
+def distributions(path, parts):
+    """Picture of the image scores of every class on one axis, side by side for several ways to score (CADA's Fig. 5).
+
+    Args:
+        path: of the PNG. parts: {title: rows (path, class, label, score)}, as `measure` gives them.
+    """
+    panels = []
+    for title, rows in parts.items():
+        scores = np.array([row[3] for row in rows])
+        limits = scores.min(), np.quantile(scores, 0.99)  # a few extreme defects would squeeze all others
+        strips = []
+        for cls in dict.fromkeys(row[1] for row in rows):
+            good, bad = ([min(row[3], limits[1]) for row in rows if row[1:3] == (cls, label)] for label in (0, 1))
+            strips.append(_titled(_histogram(good, bad, 420, 56, limits=limits), cls))
+        panels.append(np.asarray(_titled(_column(strips), title)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _strip(panels, gap=24).save(path)
+
+
+def curves(path, result, width=360, height=240):
+    """Picture of --shift curve: mean I-AUROC and P-AUPRO against the severity, one line per corruption."""
+    panels = []
+    for key in ("i_auroc", "p_aupro"):
+        lines = {name: [result["mean"][key]] + [result["shift"][f"{name}:{s}"]["mean"][key] for s in range(1, 6)]
+                 for name in corruptions.NAMES}
+        lines = {name: line for name, line in lines.items() if None not in line}  # undefined without masks, say
+        canvas = Image.new("RGB", (width, height), "white")
+        draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
+        low = math.floor(10 * min([v for line in lines.values() for v in line], default=0)) / 10
+        x = lambda severity: 36 + severity * (width - 150) / 5
+        y = lambda value: 8 + (1 - value) / max(1 - low, 0.1) * (height - 34)
+        for tick in np.arange(low, 1.01, 0.1):
+            draw.line((x(0), y(tick), x(5), y(tick)), fill=(225, 225, 225))
+            draw.text((8, y(tick) - 6), f"{100 * tick:.0f}", fill=_GREY, font=font)
+        for severity in range(6):
+            draw.text((x(severity) - 3, height - 18), str(severity), fill=_GREY, font=font)
+        for i, (name, line) in enumerate(lines.items()):
+            draw.line([(x(s), y(v)) for s, v in enumerate(line)], fill=_LINES[i], width=2)
+            draw.text((width - 106, 10 + 16 * i), name, fill=_LINES[i], font=font)
+        panels.append(np.asarray(_titled(canvas, f"mean {COLUMNS[key]} against the severity (0: clean)")))
+    _strip(panels, gap=16).save(path)
+
+
+def _histogram(good, bad, width, height=120, bins=40, limits=None):
     """Scores of good (green) and defective (red) images of one class, each as a share of its own number."""
     canvas = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
-    low, high = min(good + bad), max(good + bad)
+    low, high = limits or (min(good + bad), max(good + bad))
     edges = np.linspace(low, high if high > low else low + 1e-9, bins + 1)
     shares = [np.histogram(s, edges)[0] / max(1, len(s)) for s in (good, bad)]
     top, base, step = max(s.max() for s in shares), height - 16, width / bins

@@ -62,6 +62,8 @@ class Options:
     classes: str = option("", "only these classes, separated by commas", group="data")
     corrupt: str = option("", "evaluate under a shift: brightness, contrast, defocus_blur or gaussian_noise, "
                               "with :SEVERITY 1 to 5 (default 3)", group="data")
+    shift: str = option("", "after the clean test images, the same under all four shifts: all at severity 3, curve at 1 "
+                            "to 5, drawn as curves", group="data", choices=("", "all", "curve"))
     mask_rule: str = option("half", "masks are resized by: bilinear, then > 0.5 (half), nearest, or bilinear, then > 0 (any)",
                             group="data", choices=("half", "nearest", "any"))
     memory_share: float = option(0.5, "share of the free memory that decoded images and frozen features may take",
@@ -73,7 +75,7 @@ class Options:
     resume: bool = option(False, "go on from the newest checkpoint in --out")
     eval: str = option("", "no training: evaluate this checkpoint")
     predict: list = option([], "no training: score these images or folders with --eval CKPT", nargs="+")
-    save_maps: bool = option(False, "keep the raw anomaly maps, maps/<class>.npz")
+    save_maps: bool = option(False, "keep the anomaly maps and pooled features, maps/<class>.npz and maps/train/")
     seed: int = option(0, "seed of everything random", low=0)
     device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     workers: int = option(0, "processes that prepare batches", low=0)
@@ -132,7 +134,7 @@ def parse(Args, presets, description, argv=None):
     saved = {}
     if given.get("eval"):
         saved = {k: v for k, v in load_checkpoint(given["eval"])["args"].items() if k in fields}
-        for name in ("out", "overwrite", "resume", "corrupt", "save_maps", "device", "workers", "data_root", "predict"):
+        for name in ("out", "overwrite", "resume", "corrupt", "shift", "save_maps", "device", "workers", "data_root", "predict"):
             saved.pop(name, None)  # these belong to the run, not to the model
         given.setdefault("out", _default_out(method, {**saved, **given}) +
                          ("-predict" if given.get("predict") else "-eval") +
@@ -150,6 +152,8 @@ def parse(Args, presets, description, argv=None):
                 high is not None and value > high):
             allowed = f"at least {low}" if high is None else f"from {low} to {high}"
             raise UsageError(f"--{f.name.replace('_', '-')} {value}: must be {allowed} (--help explains every option)")
+    if args.shift and (args.corrupt or args.predict):
+        raise UsageError("--shift goes with neither --corrupt nor --predict")
     if args.corrupt:
         corruptions.parse(args.corrupt)  # a wrong name must not show only after the training
     return args
@@ -171,7 +175,7 @@ def _args_to_resume(out, given, fields):
     if not path.is_file():
         raise UsageError(f"--resume: {out} holds no run (no args.json); leave --resume out to start one")
     saved = {k: v for k, v in json.loads(path.read_text()).items() if k in fields}
-    free = {"resume", "out", "device", "workers", "data_root", "save_maps", "log_every", "checkpoint_every"}
+    free = {"resume", "out", "device", "workers", "data_root", "save_maps", "shift", "log_every", "checkpoint_every"}
     for name, value in given.items():
         if name not in free and name in saved and saved[name] != value:
             raise UsageError(f"--resume: {out} was started with --{name.replace('_', '-')} {saved[name]}, not {value}; "

@@ -40,8 +40,8 @@ def check_files(finished, method):
     """
     out, done = finished
     result = json.loads((out / "metrics.json").read_text())
-    assert set(result) == {"method", "data", "setting", "classes", "mean", "mixed", "paper", "images", "seconds",
-                           "versions", "seed", "commit"}
+    assert set(result) - {"shift", "compare"} == {"method", "data", "setting", "classes", "mean", "mixed", "paper",
+                                                  "images", "seconds", "versions", "seed", "commit"}
     assert result["method"] == method and result["images"] == 8 * 7 and result["paper"] is None
     assert len(result["classes"]) == 8
     for row in [*result["classes"].values(), result["mean"], result["mixed"]]:
@@ -57,6 +57,9 @@ def check_files(finished, method):
         assert row["i_auroc"] == pytest.approx(roc_auc_score(*zip(*scores)))
         assert row["p_auroc"] == pytest.approx(roc_auc_score(maps["masks"].ravel(), maps["maps"].ravel()))
         assert maps["labels"].tolist() == [label for label, _ in scores]
+        assert len(maps["features"]) == 7 and np.isfinite(maps["features"]).all()
+        train = np.load(out / "maps" / "train" / f"{name}.npz")
+        assert train["maps"].shape[1:] == maps["maps"].shape[1:] and len(train["features"]) == len(train["scores"]) == 6
         kept[name] = maps, scores
     for name in ["overview", *result["classes"]]:
         assert min(Image.open(out / "pictures" / f"{name}.png").size) > 100

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import UsageError, data, metrics, report, runtime
+from common import UsageError, corruptions, data, metrics, report, runtime
 
 SETTING = {"image size": 64}
 
@@ -123,6 +123,77 @@ def test_pictures_show_best_median_and_worst(run, tiny_data):
         expected = data.resize_image(data.read_image(row["path"]), 64)
         assert np.array_equal(picture[top:top + 64, :64], expected)
     assert (run.out / "pictures" / "overview.png").is_file()
+
+
+@pytest.mark.parametrize("shift", ["all", "curve"])
+def test_shift_judges_every_corruption_on_its_own(run, tiny_data, shift):
+    """Each condition has the numbers that --corrupt alone gives, and the method's own report of that pass; the tables
+    hold Table 1's, 2's and 4's numbers; the curves are drawn."""
+    dataset, calls = data.load(str(tiny_data), classes=["screw", "capsule"]), []
+    extra = lambda: {"passes": calls.append(0) or len(calls)}
+    result = report.evaluate(run, Args(shift=shift), dataset, darkness, setting=SETTING, seconds=0, extra=extra)
+    assert list(result["shift"]) == [f"{name}:{severity}" for name in corruptions.NAMES
+                                     for severity in ((3,) if shift == "all" else range(1, 6))]
+    assert [part["setting"]["passes"] for part in result["shift"].values()] == list(range(2, len(calls) + 1))
+    for name in corruptions.NAMES:
+        alone = report.evaluate(run, Args(corrupt=f"{name}:3"), dataset, darkness, setting=SETTING, seconds=0)
+        for part in ("classes", "mean", "mixed"):
+            assert result["shift"][f"{name}:3"][part] == alone[part]
+    plain = report.evaluate(run, Args(), dataset, darkness, setting=SETTING, seconds=0)
+    assert plain["mean"] == result["mean"] and "shift" not in plain and report.shift_table(plain) == ""
+    lines = {line.split("  ")[0]: line.split() for line in report.shift_table(result).splitlines()}
+    percent = lambda values, *keys: "/".join(f"{100 * values[key]:.1f}" for key in keys)
+    for name, part in (("screw", lambda r: r["classes"]["screw"]), ("mean", lambda r: r["mean"])):
+        shifted = [result["shift"][f"{c}:3"] for c in corruptions.NAMES]
+        assert lines[name][1:] == [percent(part(result), "i_auroc", "p_auroc"),
+                                   *(percent(part(r), "i_auroc", "p_aupro") for r in (result, *shifted))]
+    outside = np.mean([r["mean"]["p_aupro"] for r in shifted])
+    assert report.shift_table(result).endswith(f"out of distribution {100 * outside:.1f}")
+    assert (run.out / "pictures" / "shift.png").is_file() == (shift == "curve")
+
+
+def test_compared_results_stand_beside_the_main_one(run, tiny_data):
+    """Reports that `measure` gave come into metrics.json and into a table with means and pool; measuring writes nothing."""
+    dataset = data.load(str(tiny_data), classes=["screw", "capsule"])
+    inverted = lambda images, samples: tuple(-x for x in darkness(images, samples))
+    other = report.measure(run, Args(), dataset, inverted)
+    assert list(run.out.iterdir()) == []
+    result = report.evaluate(run, Args(), dataset, darkness, setting=SETTING, seconds=0, compare={"inverted": other.rep})
+    assert result["compare"]["inverted"]["mean"]["i_auroc"] == pytest.approx(1 - result["mean"]["i_auroc"])
+    rows = [line.split() for line in report.compare_table(result).splitlines()]
+    keys = ("i_auroc", "i_ap", "p_auroc", "p_ap")
+    for name, rep in (("inverted", other.rep), ("this", result)):
+        row, = (row for row in rows if row and row[0] == name)
+        assert row[-8:] == [f"{100 * rep[part][key]:.1f}" for part in ("mean", "mixed") for key in keys]
+
+
+def test_kept_maps_of_test_and_training_images(run, tiny_data):
+    """--save-maps keeps, class by class and in the data's order, what `score` and `pooled` gave for every image."""
+    dataset = data.load(str(tiny_data), classes=["screw", "capsule"])
+    pooled = lambda images: images.float().mean((2, 3))
+    report.evaluate(run, Args(save_maps=True), dataset, darkness, setting=SETTING, seconds=0, pooled=pooled)
+    for folder, samples in (("maps", dataset.test), ("maps/train", dataset.train)):
+        for cls in dataset.classes:
+            kept, of = np.load(run.out / folder / f"{cls}.npz"), [s for s in samples if s.cls == cls]
+            images = torch.stack([image for image in data.Images(of, 64)])
+            maps, scores = darkness(images, of)
+            assert kept["paths"].tolist() == [str(s.image) for s in of]
+            assert kept["labels"].tolist() == [s.label for s in of]
+            for name, value in (("maps", maps), ("scores", scores), ("features", pooled(images))):
+                assert np.array_equal(kept[name], value.numpy()), name
+            assert ("masks" in kept) == (folder == "maps")
+
+
+def test_distributions_show_every_class_on_one_axis(run):
+    """The same scores in two units look the same; a shifted class does not."""
+    rows = lambda scale: [("", cls, label, scale * (3 * label + i + 10 * (cls == "b")))
+                          for cls in "ab" for label in (0, 1) for i in range(20)]
+    path = run.out / "pictures" / "distributions.png"
+    report.distributions(path, {"x": rows(1.0), "y": rows(8.0)})
+    panel = np.asarray(Image.open(path)).astype(int)
+    left, right = panel[18:, :420], panel[18:, -420:]
+    bars = lambda p, cls: (p[18 + cls * 78:58 + cls * 78] != 255).any(2)  # below the class's name, above the axis
+    assert np.array_equal(bars(left, 0), bars(right, 0)) and not np.array_equal(bars(left, 0), bars(left, 1))
 
 
 def test_heat_is_monotone_in_lightness():

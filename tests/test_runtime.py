@@ -47,7 +47,8 @@ def test_preset_follows_the_data_and_a_given_option_wins():
     (["--widht", "3"], "--widht"), (["--width", "three"], "--width"), (["--width", "0"], "--width"),
     (["--rate", "nan"], "--rate"), (["--rate", "1.5"], "--rate"), (["--device", "tpu"], "--device"),
     (["--predict", "x.png"], "--eval"), (["--resume", "--overwrite"], "--resume"), (["--wid", "3"], "--wid"),
-    (["--corrupt", "fog"], "fog")])
+    (["--corrupt", "fog"], "fog"),
+    (["--shift", "all", "--corrupt", "contrast"], "--shift")])
 def test_wrong_options_are_named_in_one_line(words, named):
     """No usage dump, no traceback: one line that names the option. Abbreviations are refused: they rot."""
     with pytest.raises(UsageError) as error:
