@@ -251,6 +251,8 @@ class Run:
                 for name in ("metrics.json", "log.jsonl", "scores.csv", "predictions.csv", "checkpoint.pt"):
                     if not (args.eval and Path(args.eval).resolve() == (self.out / name).resolve()):
                         (self.out / name).unlink(missing_ok=True)
+                for kept in (self.out / "maps").rglob("*.npz"):  # of another model: --base-run would believe them
+                    kept.unlink()
             if not args.resume:
                 write_atomic(self.out / "args.json", (json.dumps(as_dict(args), indent=1) + "\n").encode())
         if self.world > 1:

@@ -211,7 +211,10 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
     with pytest.raises(UsageError, match="--rate 0.25, not 0.75"):
         parse("--out", str(out), "--resume", "--rate", "0.75")
     assert parse("--out", str(out), "--resume").rate == 0.25
-    runtime.start(parse("--out", str(out), "--overwrite"), "method")
+    (out / "maps" / "train").mkdir(parents=True)
+    (out / "maps" / "train" / "screw.npz").write_bytes(b"maps of the model that is replaced")
+    runtime.start(parse("--out", str(out), "--overwrite"), "method").open(parse("--out", str(out), "--overwrite"))
+    assert [path.name for path in out.rglob("*") if path.is_file()] == ["args.json"]
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"):
         runtime.start(parse("--out", str(tmp_path / "file")), "method")
