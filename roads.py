@@ -23,8 +23,10 @@ the student's residual blocks (AdaIN), so that the student follows a change of l
       the ẑ of all stages and ẑ0 ──mean over tokens, concatenation, linear──> class, for L_CE
 
 Commands
-    python roads.py                              embedded data, small model
-    python roads.py --shift all                  the same, also evaluated under the four corruptions
+    python roads.py                              embedded data, small model, a few minutes on two CPU cores:
+                                                 mean I-AUROC 88.3, P-AUROC 85.3, P-AP 42.8
+    python roads.py --shift all                  the same, also under brightness, contrast, blur and noise: I-AUROC
+                                                 86.2, 83.9, 78.5, 59.5; ζ is right for every image
     python roads.py --data mvtec --shift all     the paper's model, clean and corrupted test images (a GPU)
     torchrun --nproc_per_node=4 roads.py --data mvtec --batch-size 4         the same on 4 GPUs: 16 images a step
     python roads.py --no-prompts --no-adapter    Table 4's rows: plain reverse distillation (ROADS-0); with one
@@ -142,10 +144,10 @@ class Args(runtime.Options):
 
 PRESETS = {
     "paper": {},
-    # For two CPU cores: a small teacher (the student mirrors its widths), fewer blocks, and many small steps. Distance
-    # and learning rate were chosen on a second drawing of the embedded data.
+    # For two CPU cores: a small teacher (the student mirrors its widths), fewer blocks, and many small steps. Distance,
+    # epochs and learning rate were chosen on a second drawing of the embedded data.
     "laptop": dict(image_size=192, backbone="efficientnet_lite0", depths="2,2,2", adapter_backbone="efficientnet_lite0",
-                   adapter_size=64, epochs=8, batch_size=4, lr=2e-3, schedule="cosine", distance="location",
+                   adapter_size=64, epochs=14, batch_size=4, lr=2e-3, schedule="cosine", distance="location",
                    amp="auto"),
 }
 

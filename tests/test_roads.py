@@ -282,6 +282,16 @@ def test_losses_are_equations_4_to_6(distance):
                                          rel=1e-5)
 
 
+def test_out_of_domain_views_pass_through_the_adapter_only():
+    """The student learns from the plain pictures: what it rebuilds does not depend on the views, the codes do."""
+    model = stirred(make()[0]).eval()
+    outs = [model(teacher_maps(), pictures(), LABELS, view) for view in (None, pictures(seed=3), pictures(seed=4))]
+    for out in outs[1:]:
+        for a, b in zip(out["maps"], outs[0]["maps"]):
+            torch.testing.assert_close(a, b)
+    assert not torch.allclose(outs[1]["shifted_code"], outs[2]["shifted_code"])
+
+
 def test_style_code():
     """What L_CS aligns: γ and β, or what the linear map makes them from."""
     out = make(style_code="pooled")[0](teacher_maps(), pictures(), LABELS, pictures(seed=3))
@@ -400,17 +410,15 @@ def test_operations_are_the_six_that_no_test_corruption_uses():
 
 @pytest.mark.parametrize("name", list(roads.OPERATIONS))
 def test_no_operation_is_a_test_corruption(name):
-    """At all levels: flat pictures stay flat (no noise), edges do not get weaker (no blur), and no picture is moved
-    towards white or towards its own mean by the same amount everywhere (no brightness, no lower contrast)."""
+    """At all levels: flat pictures stay flat (no noise), no corruption of any severity does about the same to a picture
+    (no brightness, no contrast), and what concerns edges makes them stronger (no blur)."""
     operation = roads.OPERATIONS[name]
+    image = photo()
     for level in (0.1, 1, 3, 10):
         apply = lambda array: np.asarray(operation(Image.fromarray(array), level)).astype(float)
         for grey in (40, 128, 220):
             assert np.ptp(apply(np.full((8, 8, 3), grey, np.uint8)), axis=(0, 1)).max() == 0
-        image = photo()
         changed = apply(image)
-        difference = changed - image
-        assert difference.std() > 1 or np.abs(difference).max() <= 10 or name == "autocontrast", "no uniform shift"
         for other in corruptions.NAMES:
             for severity in range(1, 6):
                 shifted = corruptions.corrupt(image, other, severity).astype(float)
@@ -539,6 +547,7 @@ def test_selection_report():
     part = [samples(true, labels)[i] for i in known]
     _, expected = given(images[known], part)
     assert not torch.allclose(value[:2], expected[:2])
+    assert [v for _, v, _, _ in score.account] == pytest.approx(expected.tolist(), rel=1e-5)
     report = score.selection()
     assert report["selector accuracy"] == pytest.approx(5 / 7)
     aucs = [roc_auc_score([s.label for s in part if s.cls == cls], [v for s, v in zip(part, expected) if s.cls == cls])
@@ -673,13 +682,13 @@ def test_features_computed_on_the_fly_train_the_same_model(tiny_data, tmp_path, 
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo is tested on Linux and macOS")
 def test_two_processes_follow_one_with_the_doubled_batch(tiny_data, tmp_path, command):
     """torchrun: with two training images each rank's half of a step holds both, so that even the batch statistics are
-    those of one process. The losses agree, rank 0 alone writes, and the selector's account covers all ranks' images.
-    (L_CS has no weight here: its views are drawn sample by sample, and each rank would see its own.)"""
+    those of one process. The losses agree, L_CS included, since a view belongs to its sample and not to the process
+    that draws it; rank 0 alone writes; the selector's account covers all ranks' images."""
     shutil.copytree(tiny_data / "screw", tmp_path / "two" / "screw")
     for file in sorted((tmp_path / "two" / "screw" / "train" / "good").iterdir())[2:]:
         file.unlink()
     words = [roads.__file__, "--data", tmp_path / "two", *SMALL, "--steps", 2, "--log-every", 1, "--amp", "off",
-             "--lr", 1e-4, "--mu", 0]
+             "--lr", 1e-4]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     one = command("roads", *words[1:], "--batch-size", 4, "--out", tmp_path / "a")
     two = subprocess.run([str(w) for w in (sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -687,8 +696,9 @@ def test_two_processes_follow_one_with_the_doubled_batch(tiny_data, tmp_path, co
                          capture_output=True, text=True, env=env)
     assert one.status == 0, one.err
     assert two.returncode == 0, two.stderr
-    losses = [[line["kd"] for line in contract.read_log(tmp_path / name)] for name in "ab"]
-    assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], rel=1e-3)
+    for name in ("loss", "kd", "ce", "selector", "cs"):
+        losses = [[line[name] for line in contract.read_log(tmp_path / folder)] for folder in "ab"]
+        assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], rel=1e-2, abs=1e-6), name
     a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in "ab")
     assert a["images"] == b["images"] == 7
     assert a["setting"]["I-AUROC, class given"] == b["setting"]["I-AUROC, class given"]
