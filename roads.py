@@ -649,6 +649,7 @@ def normal_score(args, run, features, model, images, classes):
 
 
 def main(method="roads"):
+    # what argparse has no word for: a short form of one value
     words = ["--adapter=none" if word == "--no-adapter" else word for word in sys.argv[1:]]
     args = runtime.parse(Args, PRESETS, __doc__, words)
     check(args)
