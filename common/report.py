@@ -80,7 +80,7 @@ def evaluate(run, args, dataset, score, *, setting, seconds, paper=None, extra=d
             float tensors; must not depend on what else is in the batch.
         setting: {name: value}, printed above the table and kept in metrics.json (size, smoothing, image-score rule...).
         seconds: of the training.
-        paper: {"source": str, "classes": {name: {metric: fraction}}, "mean": {...}, ...} or None.
+        paper: {"source": str, "classes": {name: {metric: fraction}}, "mean": {...}, "mixed": {...}, ...} or None.
         extra: called after each pass over the test images; its dict joins that pass's "setting" in metrics.json.
         pooled: (images) -> (B, C), one feature vector per image, kept beside the maps by --save-maps; or None.
         compare: {name: report of `measure`}: what stands beside this result in a second table; or None.
@@ -193,6 +193,8 @@ def table(result):
     if "mean" in paper:
         out.append(line("  paper", paper["mean"]))
     out.append(line("mixed", result["mixed"]))
+    if "mixed" in paper:
+        out.append(line("  paper", paper["mixed"]))
     return "\n".join(out)
 
 

@@ -35,7 +35,7 @@ def test_evaluation_is_the_metrics_of_the_maps(run, tiny_data):
     """Table and files hold exactly what metrics.evaluate says of all maps at once; scores.csv is in the data's order;
     the paper's numbers and the method's extras get through."""
     dataset, args = data.load(str(tiny_data)), Args(save_maps=True)
-    paper = {"source": "x", "mean": {"i_auroc": 0.875}, "classes": {"screw": {"p_ap": 0.125}}}
+    paper = {"source": "x", "mean": {"i_auroc": 0.875}, "mixed": {"p_auroc": 0.625}, "classes": {"screw": {"p_ap": 0.125}}}
     result = report.evaluate(run, args, dataset, darkness, setting=SETTING, seconds=1.5, paper=paper,
                              extra=lambda: {"accuracy": 0.5})
     images = data.Images(dataset.test, 64)
@@ -52,7 +52,7 @@ def test_evaluation_is_the_metrics_of_the_maps(run, tiny_data):
     assert [row[0] for row in rows[1:]] == [str(s.image) for s in dataset.test]
     assert [float(row[3]) for row in rows[1:]] == [float(s) for s in scores]
     text = report.table(result)
-    assert "87.5" in text and "12.5" in text and "mixed" in text
+    assert "87.5" in text and "12.5" in text and "62.5" in text and "mixed" in text
     kept = np.load(run.out / "maps" / "screw.npz")
     of = [i for i, s in enumerate(dataset.test) if s.cls == "screw"]
     assert np.array_equal(kept["maps"], maps[of].numpy()) and kept["paths"].tolist() == [
