@@ -125,6 +125,8 @@ class Args(runtime.Options):
     calibration_steps: int = option(5000, "training steps of the head", group="calibration", low=1)
     calibration_batch: int = option(16, "training images a step and process, for the head", group="calibration", low=2)
     calibration_lr: float = option(5e-2, "SGD's learning rate for the head", group="calibration", low=0.0)
+    calibration_schedule: str = option("constant", "that learning rate: constant, or one cosine after a warm-up of 5 %",
+                                       group="calibration", choices=("constant", "cosine"))
     smoothing: int = option(5, "side of the Gaussian window on the map, sigma 4; odd; 0: none", group="scoring", low=0)
     score: str = option("top1", "image score: the map's maximum, or the mean of its highest 0.1, 1 or 2 % (Table 3)",
                         group="scoring", choices=("max", "top0.1", "top1", "top2"))
@@ -142,13 +144,13 @@ PRESETS = {
     # For two CPU cores: a smaller backbone (the model's widths follow), picture and depth, and many small steps.
     "laptop": {
         "revdist": dict(image_size=192, backbone="efficientnet_lite0", depths="1,1,1,1", steps=2000, batch_size=4,
-                        lr=5e-3, schedule="cosine", calibration_steps=2000, amp="auto"),
+                        lr=5e-3, schedule="cosine", calibration_steps=2000, calibration_schedule="cosine", amp="auto"),
         "recontrast": dict(image_size=160, backbone="efficientnet_lite0", depths="1,1,1,1", steps=1000, batch_size=4,
-                           schedule="cosine", calibration_steps=2000, amp="auto"),
+                           schedule="cosine", calibration_steps=2000, calibration_schedule="cosine", amp="auto"),
         "uniad": dict(image_size=160, backbone="efficientnet_lite0", hidden=128, heads=4, mlp=256, layers=2, steps=3000,
                       attention_dropout=0.0, jitter=2.0, batch_size=4, lr=2e-3, weight_decay=1e-4, clip=0.1,
-                      schedule="cosine", alpha=10.0, calibration_steps=2000, amp="auto"),
-        "run": dict(smoothing=0),
+                      schedule="cosine", alpha=10.0, calibration_steps=2000, calibration_schedule="cosine", amp="auto"),
+        "run": dict(smoothing=0, calibration_steps=2000, calibration_schedule="cosine"),
     },
 }
 
@@ -547,22 +549,13 @@ class Stream(torch.utils.data.Dataset):
         return {"index": index, "image": self.images[index]} if self.whole_images else {"index": index}
 
 
-def wrap(run, model):
-    """For several processes: the model with batch norms that see all of a step (on GPUs), and its wrapper."""
-    if run.world == 1:
-        return model, model
-    if run.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model, nn.parallel.DistributedDataParallel(model)
-
-
 def train_base(args, run, features, model, images, state):
     """Stage 1, the base by its own recipe, into `model`. `state`: a checkpoint to go on from, or None. Returns the
     state at the end of the stage; a state that is already in stage 2 is only loaded."""
     if state and state["step"] >= args.steps:
         runtime.load_model(model, state["model"], run.out / "checkpoint.pt")
         return state
-    model, wrapped = wrap(run, model)
+    model, wrapped = run.wrap(model)
     if args.base == "recontrast":
         encoder = set(model.encoder.parameters())
         optimizer = torch.optim.AdamW(
@@ -574,19 +567,15 @@ def train_base(args, run, features, model, images, state):
     rates = [group["lr"] for group in optimizer.param_groups]
     cache = runtime.precompute(run, features, images, args.batch_size, args.memory_share)
     dataset = Stream(images, args.seed, args.batch_size * run.world, cache is None or args.base == "recontrast")
-    first, seconds = 0, 0.0
-    if state:
-        runtime.load_model(model, state["model"], run.out / "checkpoint.pt")
-        optimizer.load_state_dict(state["optimizer"])
-        first, seconds = state["step"], state["seconds"]
-    run.rewind_log(first)
+    first, seconds = run.restore(state, model, optimizer)
     clock = runtime.Stopwatch(seconds)
 
-    def state_at(step):
+    def state_now():
         return {"method": run.method, "args": runtime.as_dict(args), "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), "step": step, "seconds": clock()}
+                "optimizer": optimizer.state_dict(), "step": step + 1, "seconds": clock()}
 
     bad = torch.zeros((), dtype=torch.int32, device=run.device)
+    step = first - 1
     loader = run.loader(dataset, run.positions(first, args.steps, args.batch_size), args.workers)
     wrapped.train()
     for step, batch in enumerate(run.progress(loader, "training", args.steps, first), first):
@@ -605,15 +594,10 @@ def train_base(args, run, features, model, images, state):
         optimizer.step()
 
         bad |= ~torch.isfinite(loss.detach())
-        done = step + 1
-        if done % args.log_every == 0 or done == args.steps:
-            run.check_finite(bad, done)
-            run.log({"step": done, "stage": "base", **run.mean({"loss": loss}), "lr": optimizer.param_groups[-1]["lr"],
-                     "images_per_s": round(done * args.batch_size * run.world / clock(), 1)})
-        if done % args.checkpoint_every == 0 and done < args.steps:
-            run.check_finite(bad, done)
-            run.save(state_at(done))
-    state = state_at(args.steps)
+        run.keep(args, step + 1, args.steps, bad, lambda: {
+            "stage": "base", **run.mean({"loss": loss}), "lr": optimizer.param_groups[-1]["lr"],
+            "images_per_s": round((step + 1) * args.batch_size * run.world / clock(), 1)}, state_now)
+    state = state_now()
     run.save(state)
     return state
 
@@ -676,7 +660,7 @@ def train_calibration(args, run, base, channels, images, samples, state):
                 "step": args.steps + step, "seconds": clock(), **more}
 
     if calibration.head is not None:
-        calibration.head, wrapped = wrap(run, calibration.head)
+        calibration.head, wrapped = run.wrap(calibration.head)
         optimizer = torch.optim.SGD(wrapped.parameters(), lr=args.calibration_lr, momentum=0.9, weight_decay=1e-4)
         if "calibration" in state:
             optimizer.load_state_dict(state["optimizer"])
@@ -688,19 +672,18 @@ def train_calibration(args, run, base, channels, images, samples, state):
         run.seed(args.seed, 5, step)  # dropout
         index = torch.tensor([stream.index(k) for k in places])
         u_gamma, cls = run.to_device(targets.target[index]), run.to_device(label[index])
+        if args.calibration_schedule == "cosine":
+            for group in optimizer.param_groups:
+                group["lr"] = args.calibration_lr * runtime.lr_factor(step, steps, "cosine")
         loss = calibration_loss(wrapped, targets.phi(index), u_gamma, cls, args)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
 
         bad |= ~torch.isfinite(loss.detach())
-        done = step + 1
-        if done % args.log_every == 0 or done == steps:
-            run.check_finite(bad, args.steps + done)
-            run.log({"step": args.steps + done, "stage": "calibration", **run.mean({"loss": loss})})
-        if done % args.checkpoint_every == 0 and done < steps:
-            run.check_finite(bad, args.steps + done)
-            run.save(state_at(done, optimizer=optimizer.state_dict()))
+        run.keep(args, args.steps + step + 1, args.steps + steps, bad,
+                 lambda: {"stage": "calibration", **run.mean({"loss": loss})},
+                 lambda: state_at(step + 1, optimizer=optimizer.state_dict()))
     score = Scorer(args, run, base, calibration.eval())
     final = state_at(steps, optimizer=None, normal_score=normal_score(args, score, images, samples, run))
     run.save(final)

@@ -315,11 +315,7 @@ def train(args, run, features, images):
             return before
     torch.manual_seed(args.seed)  # initial weights: the same on every rank
     model = OmniAD(features.channels, args).to(run.device)
-    wrapped = model
-    if run.world > 1:
-        if run.device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        wrapped = nn.parallel.DistributedDataParallel(model)
+    model, wrapped = run.wrap(model)
     flat = lambda name, p: p.ndim == 1 or name.endswith("bias")
     optimizer = torch.optim.AdamW([
         {"params": [p for n, p in model.named_parameters() if not flat(n, p)], "weight_decay": args.weight_decay},
@@ -329,12 +325,7 @@ def train(args, run, features, images):
     dataset = Stream(images, args.seed, images_per_step, whole_images=cache is None)
     steps = args.steps or math.ceil(args.epochs * dataset.per_epoch / images_per_step)
 
-    first, seconds = 0, 0.0
-    if before:
-        runtime.load_model(model, before["model"], run.out / "checkpoint.pt")
-        optimizer.load_state_dict(before["optimizer"])
-        first, seconds = before["step"], before["seconds"]
-    run.rewind_log(first)
+    first, seconds = run.restore(before, model, optimizer)
     clock = runtime.Stopwatch(seconds)
 
     def state(**more):
@@ -358,14 +349,9 @@ def train(args, run, features, images):
         optimizer.step()
 
         bad |= ~torch.isfinite(loss.detach())
-        last = step + 1 == steps
-        if (step + 1) % args.log_every == 0 or last:
-            run.check_finite(bad, step + 1)
-            run.log({"step": step + 1, **run.mean({"loss": loss, **parts}), "lr": optimizer.param_groups[0]["lr"],
-                     "images_per_s": round((step + 1) * images_per_step / clock(), 1)})
-        if (step + 1) % args.checkpoint_every == 0 and not last:
-            run.check_finite(bad, step + 1)
-            run.save(state())
+        run.keep(args, step + 1, steps, bad, lambda: {
+            **run.mean({"loss": loss, **parts}), "lr": optimizer.param_groups[0]["lr"],
+            "images_per_s": round((step + 1) * images_per_step / clock(), 1)}, state)
     final = state(normal_score=normal_score(args, run, features, model, images))
     run.save(final)
     return final

@@ -537,11 +537,7 @@ def train(args, run, features, samples, images):
     torch.manual_seed(args.seed)  # initial weights: the same on every rank
     classes = sorted({s.cls for s in samples})
     model = OneNIP(features.channels, features.side, args).to(run.device)
-    wrapped = model
-    if run.world > 1:
-        if run.device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        wrapped = nn.parallel.DistributedDataParallel(model)
+    model, wrapped = run.wrap(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     steps = args.steps or math.ceil(args.epochs * len(samples) / (args.batch_size * run.world))
 
@@ -553,12 +549,7 @@ def train(args, run, features, samples, images):
     dataset = Triplets(images, samples, args, fixed, whole_images=cache is None)
     bank, bank_masks = make_bank(args, run, features, dataset) if args.bank and dataset.synthetic else (None, None)
 
-    first, seconds = 0, 0.0
-    if before:
-        runtime.load_model(model, before["model"], run.out / "checkpoint.pt")
-        optimizer.load_state_dict(before["optimizer"])
-        first, seconds = before["step"], before["seconds"]
-    run.rewind_log(first)
+    first, seconds = run.restore(before, model, optimizer)
     clock = runtime.Stopwatch(seconds)
 
     def state(**more):
@@ -590,14 +581,9 @@ def train(args, run, features, samples, images):
         optimizer.step()
 
         bad |= ~torch.isfinite(loss.detach())
-        last = step + 1 == steps
-        if (step + 1) % args.log_every == 0 or last:
-            run.check_finite(bad, step + 1)
-            run.log({"step": step + 1, **run.mean({"loss": loss, **parts}), "lr": optimizer.param_groups[0]["lr"],
-                     "images_per_s": round((step + 1) * args.batch_size * run.world / clock(), 1)})
-        if (step + 1) % args.checkpoint_every == 0 and not last:
-            run.check_finite(bad, step + 1)
-            run.save(state())
+        run.keep(args, step + 1, steps, bad, lambda: {
+            **run.mean({"loss": loss, **parts}), "lr": optimizer.param_groups[0]["lr"],
+            "images_per_s": round((step + 1) * args.batch_size * run.world / clock(), 1)}, state)
     scale, normal_score = training_statistics(args, run, features, model.eval(), dataset, cache, pool)
     final = state(scale=scale, normal_score=normal_score)
     run.save(final)

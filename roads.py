@@ -504,11 +504,7 @@ def train(args, run, features, model, images, classes):
         before = runtime.load_checkpoint(run.out / "checkpoint.pt", run.method)
         if "normal_score" in before:  # training was over, only the evaluation is missing
             return before
-    wrapped = model
-    if run.world > 1:
-        if run.device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        wrapped = nn.parallel.DistributedDataParallel(model)
+    model, wrapped = run.wrap(model)
     pretrained = list(model.adapter.network.parameters()) if model.adapter and args.adapter_lr > 0 else []
     new = [p for p in model.parameters() if p.requires_grad and not any(p is q for q in pretrained)]
     groups = [{"params": params, "lr": lr, "full_lr": lr}
@@ -521,12 +517,7 @@ def train(args, run, features, model, images, classes):
     steps = args.steps or math.ceil(args.epochs * dataset.per_epoch / images_per_step)
     label = torch.tensor([classes.index(sample.cls) for sample in images.samples])  # (N,)
 
-    first, seconds = 0, 0.0
-    if before:
-        runtime.load_model(model, before["model"], run.out / "checkpoint.pt")
-        optimizer.load_state_dict(before["optimizer"])
-        first, seconds = before["step"], before["seconds"]
-    run.rewind_log(first)
+    first, seconds = run.restore(before, model, optimizer)
     clock = runtime.Stopwatch(seconds)
 
     def state(**more):
@@ -551,14 +542,9 @@ def train(args, run, features, model, images, classes):
         optimizer.step()
 
         bad |= ~torch.isfinite(loss.detach())
-        last = step + 1 == steps
-        if (step + 1) % args.log_every == 0 or last:
-            run.check_finite(bad, step + 1)
-            run.log({"step": step + 1, **run.mean({"loss": loss, **parts}), "lr": optimizer.param_groups[0]["lr"],
-                     "images_per_s": round((step + 1) * images_per_step / clock(), 1)})
-        if (step + 1) % args.checkpoint_every == 0 and not last:
-            run.check_finite(bad, step + 1)
-            run.save(state())
+        run.keep(args, step + 1, steps, bad, lambda: {
+            **run.mean({"loss": loss, **parts}), "lr": optimizer.param_groups[0]["lr"],
+            "images_per_s": round((step + 1) * images_per_step / clock(), 1)}, state)
     final = state(normal_score=normal_score(args, run, features, model, images, classes))
     run.save(final)
     return final

@@ -113,7 +113,8 @@ def parse(Args, presets, description, argv=None):
         flag, default = "--" + f.name.replace("_", "-"), f.default
         if default is dataclasses.MISSING:
             default = f.default_factory()
-        in_presets = ", ".join(f"{p}: {v[f.name]}" for p, v in presets.items() if f.name in v)
+        in_presets = any(f.name in values for values in presets.values()) and ", ".join(
+            f"{preset}: {values.get(f.name, default)}" for preset, values in presets.items())
         shown = in_presets or ("" if default in ("", []) or "default" in m["help"] else f"default: {default}")
         text = m["help"].replace("%", "%%") + (f" ({shown})" if shown else "")
         kind = dict(default=argparse.SUPPRESS, help=text, dest=f.name)
@@ -122,8 +123,8 @@ def parse(Args, presets, description, argv=None):
         elif m["nargs"]:
             group.add_argument(flag, nargs=m["nargs"], metavar="PATH", **kind)
         else:
-            group.add_argument(flag, type=type(default), choices=m["choices"],
-                               metavar=None if m["choices"] else type(default).__name__.upper(), **kind)
+            group.add_argument(flag, type=f.type, choices=m["choices"],
+                               metavar=None if m["choices"] else f.type.__name__.upper(), **kind)
     given = vars(parser.parse_args(argv))
 
     if given.get("predict") and not given.get("eval"):
@@ -279,6 +280,41 @@ class Run:
             write_atomic(self.out / name, buffer.getbuffer())
         if self.world > 1:
             dist.barrier()
+
+    def wrap(self, model):
+        """(model, wrapped): with several processes the batch norms see all of a step (on GPUs), and what `wrapped`
+        computes has its gradients averaged; with one process both are the model itself."""
+        if self.world == 1:
+            return model, model
+        if self.device.type == "cuda":
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return model, torch.nn.parallel.DistributedDataParallel(model)
+
+    def restore(self, before, model, optimizer):
+        """Load the checkpoint `before` (None: a new training) and cut the log there. Returns (steps done, seconds)."""
+        done, seconds = 0, 0.0
+        if before:
+            load_model(model, before["model"], self.out / "checkpoint.pt")
+            optimizer.load_state_dict(before["optimizer"])
+            done, seconds = before["step"], before["seconds"]
+        self.rewind_log(done)
+        return done, seconds
+
+    def keep(self, args, done, steps, bad, record, state):
+        """After `done` of `steps` training steps: a line of the log every --log-every steps and at the end, a checkpoint
+        every --checkpoint-every steps (the script itself saves the last one, with what only a finished run has).
+
+        Args:
+            bad: device flag that became true when a loss was not finite; it is looked at just before it would be kept.
+            record, state: called to get the line, and the checkpoint; to read a loss is a sync, so it is done rarely.
+        """
+        log, save = done % args.log_every == 0 or done == steps, done % args.checkpoint_every == 0 and done < steps
+        if log or save:
+            self.check_finite(bad, done)
+        if log:
+            self.log({"step": done, **record()})
+        if save:
+            self.save(state())
 
     def gather(self, items):
         """Concatenate every rank's list, in rank order, on all ranks (small objects only: scores, names)."""

@@ -107,3 +107,18 @@ def check_features_on_the_fly(script, words, folder, command):
         assert command(script.__name__, *words, "--memory-share", share, "--out", folder / str(share)).status == 0
     a, b = ([line["loss"] for line in read_log(folder / str(share))] for share in (0.5, 0))
     assert a == pytest.approx(b, rel=1e-3)
+
+
+def check_bad_input(script, cases, small, finished, folder, command):
+    """Each case, (words, what its message must name), ends in one line and status 2; nothing is half-written or lost.
+
+    small: the words of a small run; what a case says comes after them, and wins.
+    """
+    before = (finished[0] / "metrics.json").read_bytes()
+    for i, (words, named) in enumerate(cases):
+        out = () if "--out" in words else ("--out", folder / f"out{i}")
+        done = command(script.__name__, *out, *(() if {"--eval", "--resume"} & set(words) else small), *words)
+        assert done.status == 2, (words, done)
+        assert named in done.err and done.err.count("\n") == 1 and "Traceback" not in done.err, (words, done.err)
+        assert not list((folder / f"out{i}").glob("metrics.json")) and not list(folder.rglob("*.tmp")), words
+    assert (finished[0] / "metrics.json").read_bytes() == before

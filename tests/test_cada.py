@@ -696,7 +696,7 @@ def test_bad_base_runs_end_in_one_line(finished, tiny_data, tmp_path, command):
 def test_help_shows_the_values_of_the_named_base(command):
     helps = {base: command("cada", "--base", base, "--help").out for base in ("revdist", "uniad")}
     flat = {base: " ".join(text.split()) for base, text in helps.items()}
-    assert "(laptop: 192)" in flat["revdist"] and "(paper: 224, laptop: 160)" in flat["uniad"]
+    assert "(paper: 256, laptop: 192)" in flat["revdist"] and "(paper: 224, laptop: 160)" in flat["uniad"]
     assert "paper: 50000" in flat["uniad"] and "paper: 10.0" in flat["uniad"]
 
 
@@ -749,15 +749,7 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
         (("--eval", checkpoint, "--predict", tiny_data, "--dropout", 0.5), "--predict"),
         ((*drawn, "--lr", "1e30", "--steps", 4), "NaN"),
     ]
-    before = (finished[0] / "metrics.json").read_bytes()
-    for i, (words, named) in enumerate(cases):
-        own_out = () if "--out" in words else ("--out", tmp_path / f"out{i}")
-        small = () if "--eval" in words else SMALL  # what `words` say comes later, and wins
-        done = command("cada", *own_out, *small, *words)
-        assert done.status == 2, (words, done)
-        assert named in done.err and done.err.count("\n") == 1 and "Traceback" not in done.err, (words, done.err)
-        assert not list((tmp_path / f"out{i}").glob("metrics.json")), words
-    assert (finished[0] / "metrics.json").read_bytes() == before
+    contract.check_bad_input(cada, cases, SMALL, finished, tmp_path, command)
 
 
 def test_given_needs_the_classes_it_was_fitted_on(tiny_data, tmp_path, command):

@@ -595,17 +595,7 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
     ]
     if not torch.cuda.is_available():
         cases += [((*drawn, "--device", "cuda"), "--device cuda"), ((*drawn, "--kernels", "triton"), "--kernels")]
-    before = (finished[0] / "metrics.json").read_bytes()
-    for i, (words, named) in enumerate(cases):
-        own_out = () if "--out" in words else ("--out", tmp_path / f"out{i}")
-        small = () if "--eval" in words else [w for pair in zip(SMALL[::2], SMALL[1::2]) for w in pair
-                                              if pair[0] not in words and "--resume" not in words]
-        done = command("omniad", *words, *own_out, *small)
-        assert done.status == 2, (words, done)
-        assert named in done.err and done.err.count("\n") == 1 and "Traceback" not in done.err, (words, done.err)
-        assert not list((tmp_path / f"out{i}").glob("metrics.json")), words
-        assert not list(tmp_path.rglob("*.tmp")), words
-    assert (finished[0] / "metrics.json").read_bytes() == before
+    contract.check_bad_input(omniad, cases, SMALL, finished, tmp_path, command)
 
 
 def test_real_classes(real_data, tmp_path, command, metrics_of):

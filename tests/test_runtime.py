@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 import sys
 
@@ -196,6 +197,38 @@ def test_precompute_keeps_within_its_share(tmp_path):
     result = runtime.precompute(make_run(tmp_path), function, images, 3, memory_share=0.5)
     assert result.tolist() == [[float(i)] for i in range(7)] and seen == [3, 3, 1]
     assert runtime.precompute(make_run(tmp_path), function, images, 3, memory_share=0.0) is None
+
+
+def test_what_a_training_loop_keeps(tmp_path):
+    """Log lines every --log-every steps and at the end, checkpoints every --checkpoint-every but not at the end; losses
+    are read, and the finite flag is looked at, only then: a NaN stops before anything of it is kept."""
+    run, args, read, saved = make_run(tmp_path), parse("--log-every", "4", "--checkpoint-every", "6"), [], []
+    run.save = lambda state: saved.append(state)
+    bad = torch.zeros((), dtype=torch.int32)
+    record = lambda: read.append(0) or {"loss": 1.0}
+    for done in range(1, 13):
+        run.keep(args, done, 12, bad, record, lambda: done)
+    lines = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    assert [line["step"] for line in lines] == [4, 8, 12] and len(read) == 3 and saved == [6]
+    run.keep(args, 3, 12, bad + 1, record, lambda: 3)
+    for done in (4, 6, 12):
+        with pytest.raises(UsageError, match=f"step {done}"):
+            run.keep(args, done, 12, bad + 1, record, lambda: done)
+    assert len(read) == 3 and saved == [6]
+
+
+def test_going_on_from_a_checkpoint(tmp_path):
+    """Weights, optimiser and time are those of the checkpoint, and the log ends where it was written."""
+    run, (model, other) = make_run(tmp_path), (torch.nn.Linear(2, 1) for _ in range(2))
+    optimizer, again = (torch.optim.SGD(m.parameters(), lr=lr) for m, lr in ((model, 0.5), (other, 0.1)))
+    for step in (1, 2, 3):
+        run.log({"step": step})
+    before = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 2, "seconds": 7.0}
+    assert run.restore(before, other, again) == (2, 7.0)
+    assert torch.equal(model.weight, other.weight) and again.param_groups[0]["lr"] == 0.5
+    assert [json.loads(line)["step"] for line in open(tmp_path / "log.jsonl")] == [1, 2]
+    assert run.restore(None, model, optimizer) == (0, 0.0) and (tmp_path / "log.jsonl").read_text() == ""
+    assert run.wrap(model) == (model, model)
 
 
 def test_a_finished_run_is_not_overwritten(tmp_path):
