@@ -42,7 +42,7 @@ Where this file differs from the paper (P), which has no public code, or from it
   2. The head: a convolution that keeps the channels (1x1, as P stresses the small cost; --head-kernel 3), batch norm,
      ReLU, mean over positions, linear to 256, ReLU, linear; dropout before each linear layer. P names neither pooling
      nor norm nor activation. Without a convolution the pooled feature is normalised by its batch statistics instead:
-     SGD at P's rate does not converge on raw features.
+     on raw features their scale would decide whether SGD at P's rate converges.
   3. Targets: u and γ of the map before smoothing, base in evaluation mode; calibration before smoothing, as C does.
   4. γ̂ - û is at least 1e-6; how often that was needed is in metrics.json ("clamped").
   5. (u, σ), --statistic std: the head predicts û and σ̂; u + 3σ stands for γ in loss and calibration, as P's text says.
