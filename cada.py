@@ -73,8 +73,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from common import UsageError, backbones, data, report, runtime
-from common.runtime import option
+from common import UsageError, backbones, data, metrics, report, runtime
+from common.runtime import Stream, option
 
 # ------------------------------------------------------------------------------------------------------- options
 
@@ -529,26 +529,6 @@ def calibration_loss(head, phi, target, label, args):
 # ------------------------------------------------------------------------------------------------------- training
 
 
-class Stream(torch.utils.data.Dataset):
-    """Sample number k of the endless training stream. Of each epoch the images that do not fill a step are dropped.
-
-    Everything is a function of (seed, k): the loader's processes, the number of GPUs and interruptions change nothing.
-    """
-
-    def __init__(self, images, seed, images_per_step, whole_images):
-        self.images, self.seed, self.whole_images = images, seed, whole_images
-        self.per_epoch = len(images) // images_per_step * images_per_step or len(images)
-
-    def index(self, k):
-        epoch, place = divmod(k, self.per_epoch)
-        return int(runtime.epoch_order(self.seed, epoch, len(self.images))[place])
-
-    def __getitem__(self, k):
-        index = self.index(k)
-        # without memory for all frozen features they are computed from the images; ReContrast always needs the images
-        return {"index": index, "image": self.images[index]} if self.whole_images else {"index": index}
-
-
 def train_base(args, run, features, model, images, state):
     """Stage 1, the base by its own recipe, into `model`. `state`: a checkpoint to go on from, or None. Returns the
     state at the end of the stage; a state that is already in stage 2 is only loaded."""
@@ -583,7 +563,7 @@ def train_base(args, run, features, model, images, state):
         image = run.to_device(batch["image"]) if dataset.whole_images else None
         rows = run.to_device(cache[batch["index"]]) if cache is not None else features(image)
         for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * lr_factor(step, args)
+            group["lr"] = rate * runtime.lr_factor(step, args.steps, args.schedule, args.lr_drop)
         with run.autocast():
             targets, rebuilt, _ = wrapped(features.split(rows), image)
         loss = model.loss(targets, rebuilt, step / args.steps)
@@ -600,12 +580,6 @@ def train_base(args, run, features, model, images, state):
     state = state_now()
     run.save(state)
     return state
-
-
-def lr_factor(step, args):
-    if args.schedule == "cosine":
-        return runtime.lr_factor(step, args.steps, "cosine")
-    return 1.0 if step < 0.8 * args.steps else args.lr_drop
 
 
 class Targets:
@@ -672,9 +646,8 @@ def train_calibration(args, run, base, channels, images, samples, state):
         run.seed(args.seed, 5, step)  # dropout
         index = torch.tensor([stream.index(k) for k in places])
         u_gamma, cls = run.to_device(targets.target[index]), run.to_device(label[index])
-        if args.calibration_schedule == "cosine":
-            for group in optimizer.param_groups:
-                group["lr"] = args.calibration_lr * runtime.lr_factor(step, steps, "cosine")
+        for group in optimizer.param_groups:
+            group["lr"] = args.calibration_lr * runtime.lr_factor(step, steps, args.calibration_schedule)
         loss = calibration_loss(wrapped, targets.phi(index), u_gamma, cls, args)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -685,7 +658,7 @@ def train_calibration(args, run, base, channels, images, samples, state):
                  lambda: {"stage": "calibration", **run.mean({"loss": loss})},
                  lambda: state_at(step + 1, optimizer=optimizer.state_dict()))
     score = Scorer(args, run, base, calibration.eval())
-    final = state_at(steps, optimizer=None, normal_score=normal_score(args, score, images, samples, run))
+    final = state_at(steps, optimizer=None, normal_score=report.normal_score(run, args, score, samples, images))
     run.save(final)
     return calibration, final
 
@@ -754,17 +727,6 @@ class Scorer:
         return self.run.gather(rows)
 
 
-def normal_score(args, score, images, samples, run):
-    """The 99 % quantile of the image scores of up to 256 training images (what --predict compares with)."""
-    order = runtime.epoch_order(args.seed, 0, len(samples))[:256].tolist()
-    starts, scores = range(0, len(order), args.batch_size), []
-    for k in run.progress(starts, "training statistics"):
-        index = order[k:k + args.batch_size]
-        batch = torch.stack([images[i] for i in index]).to(run.device) if images is not None else None
-        scores.append(score(batch, [samples[i] for i in index])[1])
-    return torch.cat(scores).quantile(0.99).item()
-
-
 # ------------------------------------------------------------------------------------------------ what it reports
 
 
@@ -785,24 +747,28 @@ def pool_threshold(rows):
     what it does per class: {"threshold", "f1", "classes": {class: {"f1", "false_alarms", "missed"}}}. The last two are
     shares of the good and of the defective images; None where there is none to count."""
     scores, labels = np.array([row[3] for row in rows]), np.array([row[2] for row in rows], bool)
-    order = np.argsort(-scores, kind="stable")
-    hits, last = np.cumsum(labels[order]), np.append(np.diff(scores[order]) < 0, True)  # last of equal scores
-    f1 = np.where(last, 2 * hits / (np.arange(1, len(rows) + 1) + max(1, labels.sum())), 0)
-    threshold = scores[order][f1.argmax()]
-    result = {"threshold": float(threshold), "f1": float(f1.max()), "classes": {}}
+    threshold = metrics.best_f1_threshold(scores, labels)
+    if threshold is None:  # no defect among them
+        threshold = float(scores.max())
+    called = scores >= threshold
     share = lambda part: float(part.mean()) if len(part) else None
+
+    def f1(called, truth):
+        both = called.sum() + truth.sum()
+        return float(2 * (called & truth).sum() / both) if both else None
+
+    result = {"threshold": threshold, "f1": f1(called, labels), "classes": {}}
     for cls in dict.fromkeys(row[1] for row in rows):
         mine = np.array([row[1] == cls for row in rows])
-        called, truth = scores[mine] >= threshold, labels[mine]
-        both = called.sum() + truth.sum()
-        result["classes"][cls] = {"f1": float(2 * (called & truth).sum() / both) if both else None,
-                                  "false_alarms": share(called[~truth]), "missed": share(~called[truth])}
+        found, truth = called[mine], labels[mine]
+        result["classes"][cls] = {"f1": f1(found, truth), "false_alarms": share(found[~truth]),
+                                  "missed": share(~found[truth])}
     return result
 
 
 def threshold_table(thresholds):
     """{title: `pool_threshold`} -> text: one threshold for all classes, what it does to each."""
-    percent = lambda value: f"{'-' if value is None else format(100 * value, '.1f'):>9}"
+    percent = lambda value: f"{report.percent(value):>9}"
     classes = next(iter(thresholds.values()))["classes"]
     width = max(14, *(len(name) + 2 for name in classes))
     out = ["", f"{'one threshold':<{width}}" + "".join(f"{title:^27}" for title in thresholds),
@@ -824,11 +790,10 @@ def main():
     check(args)
     run = runtime.start(args, "cada")
     kernels.set_backend(args.kernels)
-    state = None
     if args.eval:
         state = stored(args, runtime.load_checkpoint(args.eval, "cada"))
-    elif args.resume and (run.out / "checkpoint.pt").is_file():
-        state = runtime.load_checkpoint(run.out / "checkpoint.pt", "cada")
+    else:
+        state = run.checkpoint(args)
     dataset = images = features = model = None
     if not args.predict:
         dataset = run.in_turn(lambda: data.load(args.data, args.data_root or None,

@@ -59,7 +59,7 @@ from torch import nn
 
 import kernels
 from common import UsageError, backbones, data, report, runtime
-from common.runtime import option
+from common.runtime import Stream, option
 
 # ------------------------------------------------------------------------------------------------------- options
 
@@ -289,30 +289,11 @@ def losses(model, maps):
 # ------------------------------------------------------------------------------------------------------ training
 
 
-class Stream(torch.utils.data.Dataset):
-    """Sample number k of the endless training stream. Of each epoch the images that do not fill a step are dropped.
-
-    Everything is a function of (seed, k): the loader's processes, the number of GPUs and interruptions change nothing.
-    """
-
-    def __init__(self, images, seed, images_per_step, whole_images):
-        self.images, self.seed, self.whole_images = images, seed, whole_images
-        self.per_epoch = len(images) // images_per_step * images_per_step or len(images)
-
-    def __getitem__(self, k):
-        epoch, place = divmod(k, self.per_epoch)
-        index = int(runtime.epoch_order(self.seed, epoch, len(self.images))[place])
-        # without memory for all frozen features they are computed from the images, step by step
-        return {"index": index, "image": self.images[index]} if self.whole_images else {"index": index}
-
-
 def train(args, run, features, images):
     """The flat training loop. Returns the finished checkpoint state."""
-    before = None
-    if args.resume and (run.out / "checkpoint.pt").is_file():
-        before = runtime.load_checkpoint(run.out / "checkpoint.pt", run.method)
-        if "normal_score" in before:  # training was over, only the evaluation is missing
-            return before
+    before = run.checkpoint(args)
+    if before and "normal_score" in before:  # training was over, only the evaluation is missing
+        return before
     torch.manual_seed(args.seed)  # initial weights: the same on every rank
     model = OmniAD(features.channels, args).to(run.device)
     model, wrapped = run.wrap(model)
@@ -352,7 +333,8 @@ def train(args, run, features, images):
         run.keep(args, step + 1, steps, bad, lambda: {
             **run.mean({"loss": loss, **parts}), "lr": optimizer.param_groups[0]["lr"],
             "images_per_s": round((step + 1) * images_per_step / clock(), 1)}, state)
-    final = state(normal_score=normal_score(args, run, features, model, images))
+    score = Scorer(args, run, features, model)
+    final = state(normal_score=report.normal_score(run, args, score, images.samples, images))
     run.save(final)
     return final
 
@@ -393,15 +375,6 @@ class Scorer:
         """The bottleneck averaged over its positions, (B, 3, S, S) -> (B, 2 C3): --save-maps keeps it for CADA."""
         with self.run.autocast():
             return self.model.neck(*self.features.split(self.features(images))).mean((2, 3))
-
-
-def normal_score(args, run, features, model, images):
-    """The 99 % quantile of the image scores of up to 256 training images (what --predict compares with)."""
-    score, starts = Scorer(args, run, features, model), range(0, min(256, len(images)), args.batch_size)
-    order = runtime.epoch_order(args.seed, 0, len(images))[:starts.stop]
-    scores = [score(torch.stack([images[i] for i in order[k:k + args.batch_size]]).to(run.device), None)[1]
-              for k in run.progress(starts, "training statistics")]
-    return torch.cat(scores).quantile(0.99).item()
 
 
 # ---------------------------------------------------------------------------------------------------------- main

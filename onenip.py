@@ -529,11 +529,9 @@ class Triplets(torch.utils.data.Dataset):
 
 def train(args, run, features, samples, images):
     """The flat training loop. Returns the finished checkpoint state."""
-    before = None
-    if args.resume and (run.out / "checkpoint.pt").is_file():
-        before = runtime.load_checkpoint(run.out / "checkpoint.pt", run.method)
-        if "scale" in before:  # training was over, only the evaluation is missing
-            return before
+    before = run.checkpoint(args)
+    if before and "scale" in before:  # training was over, only the evaluation is missing
+        return before
     torch.manual_seed(args.seed)  # initial weights: the same on every rank
     classes = sorted({s.cls for s in samples})
     model = OneNIP(features.channels, features.side, args).to(run.device)

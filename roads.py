@@ -472,26 +472,19 @@ def out_of_domain(image, rng, severity):
 # ------------------------------------------------------------------------------------------------------ training
 
 
-class Stream(torch.utils.data.Dataset):
-    """Sample number k of the endless training stream. Of each epoch the images that do not fill a step are dropped.
-
-    Everything is a function of (seed, k): the loader's processes, the number of GPUs and interruptions change nothing.
-    views: (size, severity) of the pictures that the adapter needs, or None.
-    """
+class Stream(runtime.Stream):
+    """The training stream, with what the adapter sees. views: (size, severity) of its pictures, or None."""
 
     def __init__(self, images, seed, images_per_step, whole_images, views):
-        self.images, self.seed, self.whole_images, self.views = images, seed, whole_images, views
-        self.per_epoch = len(images) // images_per_step * images_per_step or len(images)
+        super().__init__(images, seed, images_per_step, whole_images)
+        self.views = views
 
     def __getitem__(self, k):
-        epoch, place = divmod(k, self.per_epoch)
-        index = int(runtime.epoch_order(self.seed, epoch, len(self.images))[place])
-        sample = {"index": index}
-        if self.whole_images:  # without memory for all frozen features they are computed from these, step by step
-            sample["image"] = self.images[index]
+        sample = super().__getitem__(k)
         if self.views:
             size, severity = self.views
-            view = shrink(self.images[index][None], size)[0]
+            image = sample["image"] if self.whole_images else self.images[sample["index"]]
+            view = shrink(image[None], size)[0]
             shifted = out_of_domain(view.permute(1, 2, 0).numpy(), np.random.default_rng([self.seed, 2, k]), severity)
             sample |= {"view": view, "shifted": torch.from_numpy(shifted).permute(2, 0, 1)}  # (H, W, 3) -> (3, H, W)
         return sample
@@ -499,11 +492,9 @@ class Stream(torch.utils.data.Dataset):
 
 def train(args, run, features, model, images, classes):
     """The flat training loop: trains `model` in place. Returns the finished checkpoint state."""
-    before = None
-    if args.resume and (run.out / "checkpoint.pt").is_file():
-        before = runtime.load_checkpoint(run.out / "checkpoint.pt", run.method)
-        if "normal_score" in before:  # training was over, only the evaluation is missing
-            return before
+    before = run.checkpoint(args)
+    if before and "normal_score" in before:  # training was over, only the evaluation is missing
+        return before
     model, wrapped = run.wrap(model)
     pretrained = list(model.adapter.network.parameters()) if model.adapter and args.adapter_lr > 0 else []
     new = [p for p in model.parameters() if p.requires_grad and not any(p is q for q in pretrained)]
@@ -532,9 +523,8 @@ def train(args, run, features, model, images, classes):
         rows = run.to_device(cache[batch["index"]]) if cache is not None else features(run.to_device(batch["image"]))
         view, shifted = (run.to_device(batch[name]) if views else None for name in ("view", "shifted"))
         target = run.to_device(label[batch["index"]])
-        factor = 1.0 if args.schedule == "constant" else runtime.lr_factor(step, steps, args.schedule)
         for group in optimizer.param_groups:
-            group["lr"] = group["full_lr"] * factor
+            group["lr"] = group["full_lr"] * runtime.lr_factor(step, steps, args.schedule)
         with run.autocast():
             loss, parts = losses(wrapped, args, features.split(rows), view, target, shifted)
         optimizer.zero_grad(set_to_none=True)
@@ -545,7 +535,8 @@ def train(args, run, features, model, images, classes):
         run.keep(args, step + 1, steps, bad, lambda: {
             **run.mean({"loss": loss, **parts}), "lr": optimizer.param_groups[0]["lr"],
             "images_per_s": round((step + 1) * images_per_step / clock(), 1)}, state)
-    final = state(normal_score=normal_score(args, run, features, model, images, classes))
+    score = Scorer(args, run, features, model, classes)
+    final = state(normal_score=report.normal_score(run, args, score, images.samples, images))
     run.save(final)
     return final
 
@@ -617,18 +608,6 @@ class Scorer:
         one_pixel = scores[:, None, None], labels[:, None, None]  # only the image metrics are wanted
         rep = metrics.evaluate(*one_pixel, scores, labels, np.array(classes))
         return {"selector accuracy": sum(right) / len(right), "I-AUROC, class given": rep["mean"]["i_auroc"]}
-
-
-def normal_score(args, run, features, model, images, classes):
-    """The 99 % quantile of the image scores of up to 256 training images (what --predict compares with)."""
-    score, starts = Scorer(args, run, features, model, classes), range(0, min(256, len(images)), args.batch_size)
-    order = runtime.epoch_order(args.seed, 0, len(images))[:starts.stop]
-    scores = []
-    for k in run.progress(starts, "training statistics"):
-        part = order[k:k + args.batch_size]
-        batch = torch.stack([images[i] for i in part]).to(run.device)
-        scores.append(score(batch, [images.samples[i] for i in part])[1])
-    return torch.cat(scores).quantile(0.99).item()
 
 
 # ---------------------------------------------------------------------------------------------------------- main

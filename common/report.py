@@ -129,6 +129,20 @@ def _three(rep):
     return {part: rep[part] for part in ("classes", "mean", "mixed")}
 
 
+def normal_score(run, args, score, samples, images=None):
+    """The 99 % quantile of the image scores of up to 256 training images: what --predict compares with.
+
+    samples: the training images. images: their pixels, `data.Images`; None if `score` needs none.
+    """
+    order = runtime.epoch_order(args.seed, 0, len(samples))[:256]
+    scores = []
+    for first in run.progress(range(0, len(order), args.batch_size), "training statistics"):
+        index = order[first:first + args.batch_size]
+        batch = None if images is None else torch.stack([images[i] for i in index]).to(run.device)
+        scores.append(score(batch, [samples[i] for i in index])[1])
+    return torch.cat(scores).quantile(0.99).item()
+
+
 def corruption(args):
     """--corrupt NAME[:SEVERITY] -> (name, severity), or None."""
     return corruptions.parse(args.corrupt) if args.corrupt else None
@@ -177,7 +191,7 @@ def table(result):
     paper = result["paper"] or {}
     width = max(12, *(len(name) + 2 for name in result["classes"]))
     line = lambda name, values: f"{name:<{width}}" + "".join(
-        f"{_percent(values.get(k)):>9}" for k in COLUMNS)
+        f"{percent(values.get(k)):>9}" for k in COLUMNS)
     out = ["", "  ".join(f"{k}: {v}" for k, v in result["setting"].items()), "",
            " " * width + "".join(f"{name:>9}" for name in COLUMNS.values())]
     for name, values in result["classes"].items():
@@ -209,7 +223,7 @@ def compare_table(result):
            " " * width + "".join(f"{COLUMNS[key]:>9}" for key in keys) * 2]
     for name, rep in reports.items():
         values = [rep[part][key] for part in ("mean", "mixed") for key in keys]
-        out.append(f"{name:<{width}}" + "".join(f"{_percent(value):>9}" for value in values))
+        out.append(f"{name:<{width}}" + "".join(f"{percent(value):>9}" for value in values))
     return "\n".join(out)
 
 
@@ -220,7 +234,7 @@ def shift_table(result):
         return ""
     conditions = {"clean": result, **{name: result["shift"][f"{name}:3"] for name in corruptions.NAMES}}
     width = max(24, *(len(name) + 2 for name in result["classes"]))
-    pair = lambda values, a, b: f"{_percent(values[a])}/{_percent(values[b])}"
+    pair = lambda values, a, b: f"{percent(values[a])}/{percent(values[b])}"
     row = lambda name, cells: f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells)
     line = lambda name, of: row(name, [pair(of(result), "i_auroc", "p_auroc"), *(
         pair(of(condition), "i_auroc", "p_aupro") for condition in conditions.values())])
@@ -231,14 +245,15 @@ def shift_table(result):
             line("mixed", lambda condition: condition["mixed"])]
     for key in conditions[corruptions.NAMES[0]]["setting"]:  # what the method itself reports on each condition
         cells = [condition["setting"][key] for condition in conditions.values()]
-        out.append(row(key, ["", *(_percent(c) if isinstance(c, float) else str(c) for c in cells)]))
+        out.append(row(key, ["", *(percent(c) if isinstance(c, float) else str(c) for c in cells)]))
     clean, *shifted = (condition["mean"]["p_aupro"] for condition in conditions.values())
     if None not in shifted:
-        out.append(f"P-AUPRO: in distribution {_percent(clean)}, out of distribution {_percent(np.mean(shifted))}")
+        out.append(f"P-AUPRO: in distribution {percent(clean)}, out of distribution {percent(np.mean(shifted))}")
     return "\n".join(out)
 
 
-def _percent(value):
+def percent(value):
+    """Fraction -> "12.3"; None, an undefined metric, -> "-"."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 

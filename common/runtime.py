@@ -290,6 +290,11 @@ class Run:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return model, torch.nn.parallel.DistributedDataParallel(model)
 
+    def checkpoint(self, args):
+        """With --resume, the newest checkpoint in --out; None where there is none."""
+        path = self.out / "checkpoint.pt"
+        return load_checkpoint(path, self.method) if args.resume and path.is_file() else None
+
     def restore(self, before, model, optimizer):
         """Load the checkpoint `before` (None: a new training) and cut the log there. Returns (steps done, seconds)."""
         done, seconds = 0, 0.0
@@ -439,10 +444,34 @@ def epoch_order(seed, epoch, n):
     return np.random.default_rng([seed, 1, epoch]).permutation(n)
 
 
-def lr_factor(step, steps, schedule):
-    """step: 1, then 0.1 after 80 % of the steps. cosine: linear warm-up over the first 5 %, then half a cosine to 0."""
+class Stream(torch.utils.data.Dataset):
+    """Sample number k of the endless training stream. Of each epoch the images that do not fill a step are dropped.
+
+    Everything is a function of (seed, k): the loader's processes, the number of GPUs and interruptions change nothing.
+    """
+
+    def __init__(self, images, seed, images_per_step, whole_images):
+        self.images, self.seed, self.whole_images = images, seed, whole_images
+        self.per_epoch = len(images) // images_per_step * images_per_step or len(images)
+
+    def index(self, k):
+        """Which image is number k."""
+        epoch, place = divmod(k, self.per_epoch)
+        return int(epoch_order(self.seed, epoch, len(self.images))[place])
+
+    def __getitem__(self, k):
+        index = self.index(k)
+        # without memory for all frozen features they are computed from the images, step by step
+        return {"index": index, "image": self.images[index]} if self.whole_images else {"index": index}
+
+
+def lr_factor(step, steps, schedule, drop=0.1):
+    """constant: 1. step: 1, then `drop` after 80 % of the steps. cosine: linear warm-up over the first 5 %, then half a
+    cosine to 0."""
+    if schedule == "constant":
+        return 1.0
     if schedule == "step":
-        return 1.0 if step < 0.8 * steps else 0.1
+        return 1.0 if step < 0.8 * steps else drop
     warm = max(1, round(0.05 * steps))
     return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 

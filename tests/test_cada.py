@@ -447,6 +447,8 @@ def test_pool_threshold():
         assert values["false_alarms"] == pytest.approx(np.mean([s >= got["threshold"] for s in good]))
         assert values["missed"] == pytest.approx(np.mean([s < got["threshold"] for s in bad]))
     assert "pool" in cada.threshold_table({"before": got, "after": got})
+    good = cada.pool_threshold([row for row in rows if not row[2]])  # nothing to find
+    assert good["f1"] == 0 and good["classes"]["a"]["missed"] is None and "-" in cada.threshold_table({"good": good})
 
 
 def test_contamination_moves_the_right_images():
@@ -485,9 +487,10 @@ def test_paper_numbers():
     recipe = {base: cada.Args(**cada.PRESETS["paper"][base]) for base in BASES}
     assert [(a.lr, a.weight_decay, a.steps, a.batch_size, a.alpha, a.calibration_steps) for a in recipe.values()] == [
         (2e-3, 1e-5, 5000, 16, 0.1, 5000), (2e-3, 1e-5, 5000, 16, 0.1, 5000), (3e-4, 1e-4, 50_000, 64, 10, 20_000)]
-    for step, factor in ((0, 1), (3999, 1), (4000, 0.2), (4999, 0.2)):
-        assert cada.lr_factor(step, recipe["revdist"]) == factor
-    assert cada.lr_factor(40_000, recipe["uniad"]) == 0.1
+    factor = lambda step, a: runtime.lr_factor(step, a.steps, a.schedule, a.lr_drop)
+    for step, expected in ((0, 1), (3999, 1), (4000, 0.2), (4999, 0.2)):
+        assert factor(step, recipe["revdist"]) == expected
+    assert factor(40_000, recipe["uniad"]) == 0.1
 
 
 # ---------------------------------------------------------------------------------- the program, as a user runs it

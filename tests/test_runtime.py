@@ -227,6 +227,10 @@ def test_going_on_from_a_checkpoint(tmp_path):
     assert run.restore(before, other, again) == (2, 7.0)
     assert torch.equal(model.weight, other.weight) and again.param_groups[0]["lr"] == 0.5
     assert [json.loads(line)["step"] for line in open(tmp_path / "log.jsonl")] == [1, 2]
+    torch.save({"method": "method", "args": {}, **before}, tmp_path / "checkpoint.pt")
+    assert run.checkpoint(parse("--out", str(tmp_path))) is None
+    (tmp_path / "args.json").write_text("{}")
+    assert run.checkpoint(parse("--out", str(tmp_path), "--resume"))["step"] == 2
     assert run.restore(None, model, optimizer) == (0, 0.0) and (tmp_path / "log.jsonl").read_text() == ""
     assert run.wrap(model) == (model, model)
 
@@ -256,7 +260,10 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
 
 
 def test_learning_rate():
-    """Paper: x 0.1 after 80 %. Cosine: rises to the full rate within 5 %, then falls to nearly nothing."""
+    """Paper: x 0.1 (or another drop) after 80 %. Cosine: rises to the full rate within 5 %, then falls to nearly nothing.
+    Constant: neither."""
+    assert runtime.lr_factor(79, 100, "step", 0.2) == 1.0 and runtime.lr_factor(80, 100, "step", 0.2) == 0.2
+    assert {runtime.lr_factor(s, 100, "constant") for s in range(100)} == {1.0}
     assert [runtime.lr_factor(s, 100, "step") for s in (0, 79, 80, 99)] == [1.0, 1.0, 0.1, 0.1]
     curve = [runtime.lr_factor(s, 100, "cosine") for s in range(100)]
     assert max(curve) == curve[4] == 1.0 and curve[0] == 0.2 and curve[99] < 0.01
