@@ -43,7 +43,10 @@ Where this file differs from the paper (P) or from the authors' code (C), and wh
   7. C divides the map by 9, a constant; here it is the plain sum.
   8. Image labels from the folder; the last checkpoint is the result (C also prints each metric's best over all tests).
      P-F1max and P-AUPRO are exact; the paper's come from 21 and 100 thresholds.
-  9. Other encoders (Table VII): neck and decoder widths follow the encoder's channels. For ResNet-18 this is P's; P's
+  9. --standardize (not in P or C, off by default) measures every teacher map in units of its standard deviation over
+     64 training images, so that the three weigh alike in the loss. ResNet maps are far apart there (ResNet-18: 0.39,
+     0.27, 0.21), and in a short training f3, which tells most about an image, is hardly learned.
+ 10. Other encoders (Table VII): neck and decoder widths follow the encoder's channels. For ResNet-18 this is P's; P's
      468 M with ResNet-50 needs a wider model that was never released.
 
 Paper, MVTec AD, 256 px: I-AUROC 99.0, I-AP 99.7, P-AUROC 97.9, P-AP 56.8, P-AUPRO 93.4.
@@ -88,6 +91,8 @@ class Args(runtime.Options):
     weight_decay: float = option(1e-4, "AdamW's weight decay, except of biases and norms", group="training", low=0.0)
     clip: float = option(5.0, "largest norm of the gradient", group="training", low=0.0)
     jitter: float = option(20.0, "scale of the noise on the bottleneck in training", group="training", low=0.0)
+    standardize: bool = option(False, "all three teacher maps weigh alike in the loss, whatever their magnitudes",
+                               group="training")
     sigma: float = option(4.0, "Gaussian smoothing of the map, in pixels; 0: none", group="scoring", low=0.0)
     score: str = option("max", "image score: the map's maximum, or the mean of its highest 1 %", group="scoring",
                         choices=("max", "top1"))
@@ -259,6 +264,7 @@ class OmniAD(nn.Module):
         self.stages = nn.ModuleList(nn.Sequential(*(OmniBlock(width, args) for _ in range(int(depth))))
                                     for width, depth in zip(stages, args.depths.split(",")))
         self.expands = nn.ModuleList(Expand(a, b) for a, b in zip(stages, stages[1:]))
+        self.register_buffer("scale", torch.ones(3))  # of f1, f2, f3; set by --standardize
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -271,19 +277,26 @@ class OmniAD(nn.Module):
             sigma = x.norm(dim=3, keepdim=True) * (self.jitter / x.shape[3])
             x = x + torch.randn_like(x) * sigma
         x, rebuilt = self.stages[0](x), []
-        for expand, stage in zip(self.expands, self.stages[1:]):
+        for expand, stage, scale in zip(self.expands, self.stages[1:], self.scale.flip(0)):
             x = stage(expand(x))
-            rebuilt.append(x.permute(0, 3, 1, 2))  # (B, h, w, C) -> (B, C, h, w)
+            rebuilt.append(x.permute(0, 3, 1, 2) * scale)  # (B, h, w, C) -> (B, C, h, w)
         return rebuilt[::-1]  # f̂1, f̂2, f̂3
 
 
 # ---------------------------------------------------------------------------------------------------------- loss
 
 
-def losses(model, maps):
-    """Mean squared error per scale, added up. Returns the total and the parts {"f1", "f2", "f3"} (scalars)."""
-    parts = {f"f{i}": F.mse_loss(rebuilt.float(), f) for i, (rebuilt, f) in enumerate(zip(model(maps), maps), 1)}
+def losses(model, maps, scale=(1, 1, 1)):
+    """Mean squared error per scale, in units of `scale`, added up. Returns the total and the parts {"f1", "f2", "f3"}."""
+    parts = {f"f{i}": F.mse_loss(rebuilt.float(), f) / unit ** 2
+             for i, (rebuilt, f, unit) in enumerate(zip(model(maps), maps, scale), 1)}
     return sum(parts.values()), parts
+
+
+@torch.no_grad()
+def deviations(maps):
+    """[(B, C, h, w)] -> standard deviation of each map about the means of its channels, (len(maps),)."""
+    return torch.stack([f.var((0, 2, 3), correction=0).mean().sqrt() for f in maps])
 
 
 # ------------------------------------------------------------------------------------------------------ training
@@ -306,6 +319,9 @@ def train(args, run, features, images):
     dataset = Stream(images, args.seed, images_per_step, whole_images=cache is None)
     steps = args.steps or math.ceil(args.epochs * dataset.per_epoch / images_per_step)
 
+    if args.standardize:
+        sample = torch.stack([images[i] for i in runtime.epoch_order(args.seed, 0, len(images))[:64]])
+        model.scale.copy_(deviations(features.split(features(run.to_device(sample)))))
     first, seconds = run.restore(before, model, optimizer)
     clock = runtime.Stopwatch(seconds)
 
@@ -323,7 +339,7 @@ def train(args, run, features, images):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * runtime.lr_factor(step, steps, args.schedule)
         with run.autocast():
-            loss, parts = losses(wrapped, features.split(rows))
+            loss, parts = losses(wrapped, features.split(rows), model.scale)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)

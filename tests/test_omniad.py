@@ -256,6 +256,23 @@ def test_loss():
     assert total.item() == pytest.approx(sum(p.item() for p in parts.values()), rel=1e-6)
 
 
+def test_standardized_loss():
+    """--standardize: every map counts in units of its standard deviation about its channels' means, so that neither
+    their magnitudes nor their offsets decide which of them is learned; what is rebuilt are the maps themselves."""
+    maps = teacher_maps(b=2)
+    scale = omniad.deviations([f * k + 3 * k for f, k in zip(maps, (1, 10, 0.01))])
+    for f, k, deviation in zip(maps, (1, 10, 0.01), scale.tolist()):
+        centred = [f[:, c].double() - f[:, c].double().mean() for c in range(f.shape[1])]
+        assert deviation == pytest.approx(k * math.sqrt(sum((c ** 2).mean().item() for c in centred) / len(centred)))
+    model, _ = make()
+    plain = model(maps)
+    model.scale.copy_(scale)
+    total, parts = omniad.losses(model, maps, model.scale)
+    for name, f, before, unit in zip(parts, maps, plain, scale):
+        assert parts[name].item() == pytest.approx((before - f / unit).square().mean().item(), rel=1e-4)
+    assert total.item() == pytest.approx(sum(p.item() for p in parts.values()), rel=1e-6)
+
+
 def test_gradient_reaches_every_parameter():
     """No part of the model is dead. By construction a few biases are: of a layer whose output a norm centres (also
     through sums: what is the same at every position is lost), and of keys, which softmax ignores. In float64, where
@@ -499,13 +516,15 @@ def test_corruption_and_options_at_evaluation(finished, tmp_path, command, metri
     ("--learnable", "none"), ("--learnable", "q"), ("--learnable", "kv"), ("--order", "q+q"), ("--order", "kv+kv"),
     ("--order", "kv+q"), ("--tokens", 9), ("--branches", "global"), ("--branches", "local"), ("--depths", "2,1,1,2"),
     ("--upsample", "bilinear"), ("--backbone", "resnet18", "--weights", "random"),
-    ("--memory-share", 0), ("--amp", "bf16")])
+    ("--standardize",), ("--memory-share", 0), ("--amp", "bf16")])
 def test_every_ablation_runs(words, tiny_data, tmp_path, command, metrics_of):
     """Every row of Tables II to VII is one flag: it builds, trains and is evaluated."""
     out = tmp_path / "run"
     done = command("omniad", "--data", tiny_data, "--out", out, "--classes", "screw", *SMALL, "--steps", 2, *words)
     assert done.status == 0, done.err
     assert set(metrics_of(out)["classes"]) == {"screw"}
+    scale = torch.load(out / "checkpoint.pt", weights_only=True)["model"]["scale"]
+    assert (scale == 1).logical_xor(torch.tensor("--standardize" in words)).all()
 
 
 def test_features_computed_on_the_fly_train_the_same_model(tiny_data, tmp_path, command):
