@@ -287,7 +287,7 @@ class OmniAD(nn.Module):
 
 
 def losses(model, maps, scale=(1, 1, 1)):
-    """Mean squared error per scale, in units of `scale`, added up. Returns the total and the parts {"f1", "f2", "f3"}."""
+    """Mean squared error of every map, in units of `scale`. Returns their sum and the parts {"f1", "f2", "f3"}."""
     parts = {f"f{i}": F.mse_loss(rebuilt.float(), f) / unit ** 2
              for i, (rebuilt, f, unit) in enumerate(zip(model(maps), maps, scale), 1)}
     return sum(parts.values()), parts
