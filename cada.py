@@ -41,8 +41,8 @@ Where this file differs from the paper (P), which has no public code, or from it
      UniAD, which has none, the output of its transformer's encoder.
   2. The head: a convolution that keeps the channels (1x1, as P stresses the small cost; --head-kernel 3), batch norm,
      ReLU, mean over positions, linear to 256, ReLU, linear; dropout before each linear layer. P names neither pooling
-     nor norm nor activation. Without a convolution the pooled feature is normalised by its batch statistics instead:
-     on raw features their scale would decide whether SGD at P's rate converges.
+     nor norm nor activation. Without a convolution the pooled feature is normalised by its batch statistics instead,
+     and divided by √C: at P's rate SGD diverges on features whose squared norm is large, as that of 512 channels is.
   3. Targets: u and γ of the map before smoothing, base in evaluation mode; calibration before smoothing, as C does.
   4. γ̂ - û is at least 1e-6; how often that was needed is in metrics.json ("clamped").
   5. (u, σ), --statistic std: the head predicts û and σ̂; u + 3σ stands for γ in loss and calibration, as P's text says.
@@ -478,13 +478,15 @@ class Head(nn.Module):
                                                bias=False), nn.BatchNorm2d(channels), nn.ReLU())
         self.spatial = nn.Sequential(*(conv() for _ in range(convolutions)))
         self.norm = nn.Identity() if convolutions else nn.BatchNorm1d(channels, affine=False)
+        self.gain = 1.0 if convolutions else channels ** -0.5  # normalised features: squared norm 1, not C
         widths, layers = [channels] + [256] * (linears - 1) + [outputs], []
         for a, b in zip(widths, widths[1:]):
             layers += [nn.Dropout(args.dropout), nn.Linear(a, b), nn.ReLU()]
         self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, phi):
-        return self.layers(self.norm(self.spatial(phi).mean((2, 3))))  # (B, C, h, w) -> (B, C)
+        x = self.norm(self.spatial(phi).mean((2, 3)))  # (B, C, h, w) -> (B, C)
+        return self.layers(x * self.gain)
 
 
 class Calibration(nn.Module):
