@@ -319,7 +319,7 @@ def train(args, run, features, images):
     dataset = Stream(images, args.seed, images_per_step, whole_images=cache is None)
     steps = args.steps or math.ceil(args.epochs * dataset.per_epoch / images_per_step)
 
-    if args.standardize:
+    if args.standardize and before is None:  # a checkpoint brings its own
         sample = torch.stack([images[i] for i in runtime.epoch_order(args.seed, 0, len(images))[:64]])
         model.scale.copy_(deviations(features.split(features(run.to_device(sample)))))
     first, seconds = run.restore(before, model, optimizer)
