@@ -489,22 +489,19 @@ class Textures:
         return (low + (high - low) * weight + noise).clip(0, 255).astype(np.uint8)
 
 
-class Triplets(torch.utils.data.Dataset):
-    """Sample number k of the endless training stream: a normal image, a prompt of its class, a pseudo-anomaly.
-
-    Everything is a function of (seed, k): the loader's processes, the number of GPUs and interruptions change nothing.
-    """
+class Triplets(runtime.Stream):
+    """The training stream, of which no image is dropped: a normal image, a prompt of its class, a pseudo-anomaly."""
 
     def __init__(self, images, samples, args, fixed, whole_images):
-        self.images, self.args, self.whole_images = images, args, whole_images
+        super().__init__(images, args.seed, 1, whole_images)
+        self.args = args
         self.cls, self.fixed = [s.cls for s in samples], fixed  # fixed: class -> index of its fixed prompt
         self.members = {c: [i for i, s in enumerate(samples) if s.cls == c] for c in fixed}
         self.textures = Textures(args.textures, args.image_size)
         self.synthetic = args.restoration or args.refiner
 
     def __getitem__(self, k):
-        epoch, place = divmod(k, len(self.cls))
-        index = int(runtime.epoch_order(self.args.seed, epoch, len(self.cls))[place])
+        index = self.index(k)
         rng, cls = np.random.default_rng([self.args.seed, 2, k]), self.cls[index]
         members = self.members[cls]
         prompt = members[rng.integers(len(members))] if self.args.prompt_train == "random" else self.fixed[cls]
