@@ -30,7 +30,8 @@ Commands
                                                  the same on 8 GPUs: 16 images a step
     python cada.py --eval runs/cada-mvtec/checkpoint.pt --calibrate given --out runs/cada-a
                                                  keeps the base and does stage 2 again, as for every option of the
-                                                 group "calibration" (Tables 3, 4 and 5)
+                                                 group "calibration" (Tables 3, 4 and 5; with --statistic score also
+                                                 --score and --smoothing)
     python cada.py --base-run runs/onenip-mvtec --out runs/cada-onenip
                                                  calibrates what another script's run kept by --save-maps
     Beside the common files: calibration.json (the one threshold with the best F1 over the pool and what it does to each
@@ -44,6 +45,8 @@ Where this file differs from the paper (P), which has no public code, or from it
      nor norm nor activation. Without a convolution the pooled feature is normalised by its batch statistics instead,
      and divided by √C: at P's rate SGD diverges on features whose squared norm is large, as that of 512 channels is.
   3. Targets: u and γ of the map before smoothing, base in evaluation mode; calibration before smoothing, as C does.
+     Smoothing lowers a map's maximum, in one class more than in another, and the image score is a mean of many pixels:
+     --statistic score (not in P) takes the image score of the smoothed map for γ, so that this is what is calibrated.
   4. γ̂ - û is at least 1e-6; how often that was needed is in metrics.json ("clamped").
   5. (u, σ), --statistic std: the head predicts û and σ̂; u + 3σ stands for γ in loss and calibration, as P's text says.
   6. RevDist and ReContrast: flattened cosine per image as in C, not per location as in reverse distillation's paper
@@ -52,7 +55,7 @@ Where this file differs from the paper (P), which has no public code, or from it
   8. Maps of --base-run are divided by the mean maximum of the training images, so that α and the learning rate of the
      head suit every method. Calibration undoes it; no metric depends on it.
   9. Masks by the rule "any" in the paper's preset, since C has them so.
-  10. Reported in addition: the correlation of γ̂ and the image's own maximum inside a class. A head that followed the
+  10. Reported in addition: the correlation of γ̂ and the image's own γ inside a class. A head that followed the
      image instead of its class would cancel anomalies; near 0 is right.
 
 Paper, MVTec AD, RevDist + CADA (without), 256 px: mean I-AUROC 98.2 (97.8), P-AUROC 96.1 (96.4); all classes in one
@@ -118,8 +121,9 @@ class Args(runtime.Options):
     head_kernel: int = option(1, "size of the head's convolutions", group="calibration", choices=(1, 3))
     dropout: float = option(0.25, "dropout before each linear layer of the head (Table 3)", group="calibration",
                             low=0.0, high=0.95)
-    statistic: str = option("max", "what stands for the top of a normal map: its maximum, or mean + 3 standard "
-                                   "deviations (Table 5)", group="calibration", choices=("max", "std"))
+    statistic: str = option("max", "γ, what stands for the top of a normal map: its maximum, mean + 3 standard "
+                                   "deviations (Table 5), or the image score as --smoothing and --score make it",
+                            group="calibration", choices=("max", "std", "score"))
     alpha: float = option(0.1, "where the head's smooth L1 loss turns from square to absolute", group="calibration",
                           low=1e-6)
     calibration_steps: int = option(5000, "training steps of the head", group="calibration", low=1)
@@ -514,9 +518,19 @@ class Calibration(nn.Module):
 
 
 def expected(out, statistic):
-    """The regressor's outputs, or the same statistics of maps, (B, 2) -> u and γ, each (B,). Of (u, σ): γ = u + 3σ."""
+    """The regressor's outputs (B, 2) -> û and γ̂, each (B,). With "std" the second output is σ̂: γ̂ = û + 3σ̂."""
     u, top = out.unbind(1)
-    return (u, top) if statistic == "max" else (u, u + 3 * top)
+    return (u, u + 3 * top) if statistic == "std" else (u, top)
+
+
+def own_statistics(maps, args):
+    """Maps M before smoothing, (B, S, S) -> their own u and γ, (B, 2): the targets of stage 2."""
+    u = maps.mean((1, 2))
+    if args.statistic == "score":
+        gamma = image_score(smooth(maps, args.smoothing), args.score)
+    else:
+        gamma = maps.amax((1, 2)) if args.statistic == "max" else u + 3 * maps.flatten(1).std(1)  # (B, S, S) -> (B, S²)
+    return torch.stack([u, gamma], dim=1)
 
 
 def calibration_loss(head, phi, target, label, args):
@@ -589,26 +603,25 @@ class Targets:
     memory allows (else φ is computed from the images, step by step)."""
 
     def __init__(self, args, run, base, channels, images, samples):
-        self.run, self.base, self.channels, self.images, self.samples = run, base, channels, images, samples
+        self.args, self.run, self.base, self.channels = args, run, base, channels
+        self.images, self.samples = images, samples
         once = lambda function, share: runtime.precompute(run, function, torch.arange(len(samples)), args.batch_size,
                                                           share, "calibration targets")
         self.rows = once(self.describe, args.memory_share)
-        numbers = self.rows[:, :3] if self.rows is not None else once(lambda index: self.describe(index)[:, :3], 1.0)
-        chosen = numbers[:, [0, 1 if args.statistic == "max" else 2]]
-        self.target = torch.stack(expected(chosen, args.statistic), dim=1)  # u, γ: (N, 2)
+        rows = self.rows if self.rows is not None else once(lambda index: self.describe(index)[:, :2], 1.0)
+        self.target = rows[:, :2]  # u, γ: (N, 2)
 
     def describe(self, index):
-        """Images -> mean, maximum and standard deviation of the map, and φ, one row each: (B,) -> (B, 3 + C h w)."""
+        """Images -> the map's u and γ, and φ, one row each: (B,) -> (B, 2 + C h w)."""
         index = index.tolist()
         batch = None if self.images is None else torch.stack([self.images[i] for i in index]).to(self.run.device)
         maps, phi = self.base(batch, [self.samples[i] for i in index])
-        flat = maps.flatten(1)  # (B, S, S) -> (B, S²)
-        return torch.cat([torch.stack([flat.mean(1), flat.amax(1), flat.std(1)], dim=1), phi.flatten(1)], dim=1)
+        return torch.cat([own_statistics(maps, self.args), phi.flatten(1)], dim=1)  # φ: (B, C, h, w) -> (B, C h w)
 
     def phi(self, index):
         rows = self.run.to_device(self.rows[index]) if self.rows is not None else self.describe(index)
-        side = math.isqrt((rows.shape[1] - 3) // self.channels)
-        return rows[:, 3:].unflatten(1, (self.channels, side, side))  # (B, C h w) -> (B, C, h, w)
+        side = math.isqrt((rows.shape[1] - 2) // self.channels)
+        return rows[:, 2:].unflatten(1, (self.channels, side, side))  # (B, C h w) -> (B, C, h, w)
 
 
 def train_calibration(args, run, base, channels, images, samples, state):
@@ -712,7 +725,7 @@ class Scorer:
 
     def __call__(self, images, samples):
         maps, u, gamma = self.estimates(images, samples)
-        seen = zip(u.tolist(), gamma.tolist(), maps.amax((1, 2)).tolist())
+        seen = zip(u.tolist(), gamma.tolist(), own_statistics(maps, self.args)[:, 1].tolist())
         self.seen.update(zip([str(s.image) for s in samples], seen))
         maps = (maps - u[:, None, None]) / (gamma - u).clamp(min=1e-6)[:, None, None]
         maps = smooth(maps, self.args.smoothing)
@@ -724,7 +737,7 @@ class Scorer:
         return maps, image_score(maps, self.args.score)
 
     def estimates_of(self, samples):
-        """What the last pass saw of all samples: rows (class, label, û, γ̂, the map's own maximum), on every rank."""
+        """What the last pass saw of all samples: rows (class, label, û, γ̂, the map's own γ), on every rank."""
         rows = [(s.cls, s.label, *self.seen[str(s.image)]) for s in samples[self.run.rank::self.run.world]]
         return self.run.gather(rows)
 
@@ -733,8 +746,8 @@ class Scorer:
 
 
 def correlations(rows):
-    """Rows (class, label, û, γ̂, own maximum) -> {"good": {class: r}, "defective": {class: r}}, Pearson's r of γ̂ and
-    the image's own maximum. None: fewer than three images, or one of the two is constant."""
+    """Rows (class, label, û, γ̂, own γ) -> {"good": {class: r}, "defective": {class: r}}, Pearson's r of γ̂ and
+    the image's own. None: fewer than three images, or one of the two is constant."""
     found = {"good": {}, "defective": {}}
     for label, name in enumerate(found):
         for cls in sorted({row[0] for row in rows}):
@@ -868,7 +881,8 @@ def stored(args, state):
     before, args.steps = state["args"], min(args.steps, state["step"])  # fewer in the checkpoint of an unfinished run
     if args.contaminate and (args.contaminate, args.seed) != (before["contaminate"], before["seed"]):
         raise UsageError("--contaminate and --seed cannot change at --eval: they chose images that the base has seen")
-    names = [f.name for f in dataclasses.fields(Args) if f.metadata["group"] == "calibration"]
+    groups = ("calibration", "scoring") if args.statistic == "score" else ("calibration",)  # it follows the score
+    names = [f.name for f in dataclasses.fields(Args) if f.metadata["group"] in groups]
     if "normal_score" in state and all(getattr(args, name) == before[name] for name in names):
         return state
     if args.predict:
@@ -945,7 +959,7 @@ def own_report(run, parts, related):
     for name, values in related.items():
         known = [value for value in values.values() if value is not None]
         if known:
-            run.say(f"correlation of predicted and own maximum inside a class, {name} images: mean "
+            run.say(f"correlation of predicted and own γ inside a class, {name} images: mean "
                     f"{np.mean(known):+.2f}, from {min(known):+.2f} to {max(known):+.2f}")
 
 

@@ -214,13 +214,13 @@ def test_cosine_map_is_the_mean_over_scales():
 
 
 @pytest.mark.parametrize("alpha", [0.1, 10.0])
-@pytest.mark.parametrize("statistic", ["max", "std"])
+@pytest.mark.parametrize("statistic", ["max", "std", "score"])
 def test_calibration_loss(alpha, statistic):
     """Smooth L1 of mean and top, each averaged over the batch: e²/(2α) below α, |e| - α/2 above. (u, σ): of u + 3 σ."""
     args = cada.Args(alpha=alpha, statistic=statistic)
     rng = np.random.default_rng(0)
     out, target = rng.normal(size=(6, 2)), rng.normal(size=(6, 2))
-    predicted = out if statistic == "max" else np.stack([out[:, 0], out[:, 0] + 3 * out[:, 1]], 1)
+    predicted = np.stack([out[:, 0], out[:, 0] + 3 * out[:, 1]], 1) if statistic == "std" else out
     smooth = lambda errors: [e * e / (2 * alpha) if e < alpha else e - alpha / 2 for e in errors]
     got = cada.calibration_loss(lambda phi: torch.tensor(out), None, torch.tensor(target), None, args)
     assert got.item() == pytest.approx(sum(np.mean(smooth(errors)) for errors in abs(predicted - target).T))
@@ -315,7 +315,8 @@ def test_every_head_learns_at_the_papers_rate(regressor):
     heads of Table 3 before their input was brought to norm 1. A constant would be wrong by 0.07 on average."""
     g = torch.Generator().manual_seed(0)
     label = torch.arange(400) % 8
-    phi = (2 * torch.rand(8, 512, generator=g)[label] + 0.3 * torch.randn(400, 512, generator=g)).relu()[:, :, None, None]
+    phi = 2 * torch.rand(8, 512, generator=g)[label] + 0.3 * torch.randn(400, 512, generator=g)
+    phi = phi.relu()[:, :, None, None]
     target = 0.3 * torch.rand(8, 2, generator=g)[label] + 0.02 * torch.randn(400, 2, generator=g)
     args = cada.Args(regressor=regressor)
     torch.manual_seed(0)
@@ -368,7 +369,7 @@ def calibrated(tmp_path, **changes):
 
 
 @pytest.mark.parametrize("calibrate", ["none", "given", "classifier", "cada"])
-@pytest.mark.parametrize("statistic", ["max", "std"])
+@pytest.mark.parametrize("statistic", ["max", "std", "score"])
 def test_calibration_makes_one_pool_of_very_different_classes(calibrate, statistic, tmp_path):
     """Without it a good image of class c scores above defects of the others; with any of the three kinds all defects of
     all classes score above all good images. CaDA-A's statistics are the means over the class's images."""
@@ -384,6 +385,8 @@ def test_calibration_makes_one_pool_of_very_different_classes(calibrate, statist
         u, top = maps.mean(), maps.max((1, 2)).mean()
         if statistic == "std":
             top = u + 3 * maps.reshape(20, -1).std(axis=1, ddof=1).mean()
+        elif statistic == "score":  # not smoothed here: the mean of the highest 16 of 1,600 pixels
+            top = np.sort(maps.reshape(20, -1))[:, -16:].mean()
         assert calibration.statistics[c].tolist() == pytest.approx([u, top], rel=1e-4)
     if calibrate in ("given", "classifier"):
         _, u, gamma = score.estimates(None, bad)
@@ -412,6 +415,21 @@ def test_calibration_formula_comes_before_the_smoothing(tmp_path):
     assert [row[:2] for row in rows] == [("a", 0)] * 2
     assert [row[2:4] for row in rows] == [pytest.approx(pair) for pair in ((0.5, 2.0), (0.2, 0.1))]
     assert [row[4] for row in rows] == pytest.approx(raw.max((1, 2)).tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing, score", [(0, "max"), (5, "max"), (5, "top1")])
+def test_statistic_score_is_the_image_score(smoothing, score, tmp_path):
+    """With --statistic score the target γ is what the scorer gives the same image without calibration; calibrated by
+    its own u and γ every image would score 1, but for the border, where the window sees zeros."""
+    args = cada.Args(image_size=40, statistic="score", smoothing=smoothing, score=score)
+    samples = drawn_samples(3)
+    maps = Drawn()(None, samples)[0]
+    own = cada.own_statistics(maps, args)
+    run = runtime.Run("cada", tmp_path, torch.device("cpu"))
+    scorer = cada.Scorer(args, run, Drawn(), lambda phi, samples: own.unbind(1))
+    assert torch.equal(own[:, 1], scorer.plain(None, samples)[1])
+    torch.testing.assert_close(scorer(None, samples)[1], torch.ones(12), rtol=0, atol=0.15 if smoothing else 1e-5)
+    assert [row[4] for row in scorer.estimates_of(samples)] == own[:, 1].tolist()
 
 
 @pytest.mark.parametrize("rule, count", [("max", 1), ("top0.1", 65), ("top1", 655), ("top2", 1310)])
@@ -505,7 +523,7 @@ def test_paper_numbers():
     assert numbers("visa", calibrate="none")["mixed"]["p_ap"] == pytest.approx(0.329)
     assert numbers("mvtec", base="uniad", image_size=224)["mean"]["i_ap"] == pytest.approx(0.991)
     for changes in (dict(base="uniad"), dict(calibrate="given"), dict(classes="a"), dict(image_size=320),
-                    dict(contaminate=0.1), dict(statistic="std"), dict(base_run="x")):
+                    dict(contaminate=0.1), dict(statistic="std"), dict(statistic="score"), dict(base_run="x")):
         assert numbers("mvtec", **changes) is None
     assert numbers("synth") is None
     recipe = {base: cada.Args(**cada.PRESETS["paper"][base]) for base in BASES}
@@ -572,6 +590,16 @@ def test_evaluation_repeats_the_run_and_does_stage_two_again_where_asked(finishe
     assert "compare" not in none and none["mixed"] == before["compare"]["without calibration"]["mixed"]
 
 
+def test_statistic_score_follows_the_scoring_options(finished, tmp_path, command):
+    """Where γ is the image score, another --score or --smoothing asks for another head; else it does not."""
+    first = tmp_path / "first"
+    assert command("cada", "--eval", finished[0] / "checkpoint.pt", "--statistic", "score", "--out", first).status == 0
+    for i, words in enumerate(((), ("--score", "max"), ("--smoothing", 0))):
+        out = tmp_path / str(i)
+        assert command("cada", "--eval", first / "checkpoint.pt", "--out", out, *words).status == 0, words
+        assert (out / "checkpoint.pt").exists() == bool(words), words
+
+
 def test_scoring_options_and_shifts_at_evaluation(finished, tmp_path, command, metrics_of):
     """They act on the finished calibration; a shifted pass sees shifted images, never maps kept of the clean ones."""
     checkpoint = finished[0] / "checkpoint.pt"
@@ -625,7 +653,7 @@ def test_predict(finished, tiny_data, tmp_path, command):
 
 @pytest.mark.parametrize("words", [
     ("--base", "recontrast"), SMALL_UNIAD, ("--cosine", "location"), ("--calibrate", "none"), ("--calibrate", "given"),
-    ("--calibrate", "classifier"), ("--statistic", "std"), ("--regressor", "0+3"),
+    ("--calibrate", "classifier"), ("--statistic", "std"), ("--statistic", "score"), ("--regressor", "0+3"),
     ("--regressor", "2+2", "--head-kernel", 3), ("--dropout", 0.75), ("--score", "top0.1"), ("--contaminate", 0.5),
     ("--schedule", "step"), ("--clip", 0.1), ("--depths", "2,1,2,1"),
     ("--backbone", "resnet18", "--weights", "random"), ("--memory-share", 0), ("--amp", "bf16")])
