@@ -151,7 +151,7 @@ PRESETS = {
                         lr=5e-3, schedule="cosine", calibration_steps=2000, calibration_schedule="cosine", amp="auto"),
         "recontrast": dict(image_size=160, backbone="efficientnet_lite0", depths="1,1,1,1", steps=1000, batch_size=4,
                            schedule="cosine", calibration_steps=2000, calibration_schedule="cosine", amp="auto"),
-        "uniad": dict(image_size=160, backbone="efficientnet_lite0", hidden=128, heads=4, mlp=256, layers=2, steps=3000,
+        "uniad": dict(image_size=160, backbone="efficientnet_lite0", hidden=128, heads=4, mlp=256, layers=1, steps=3000,
                       attention_dropout=0.0, jitter=2.0, batch_size=4, lr=2e-3, weight_decay=1e-4, clip=0.1,
                       schedule="cosine", alpha=10.0, calibration_steps=2000, calibration_schedule="cosine", amp="auto"),
         "run": dict(smoothing=0, calibration_steps=2000, calibration_schedule="cosine"),
