@@ -526,10 +526,12 @@ def expected(out, statistic):
 def own_statistics(maps, args):
     """Maps M before smoothing, (B, S, S) -> their own u and γ, (B, 2): the targets of stage 2."""
     u = maps.mean((1, 2))
-    if args.statistic == "score":
-        gamma = image_score(smooth(maps, args.smoothing), args.score)
+    if args.statistic == "max":
+        gamma = maps.amax((1, 2))
+    elif args.statistic == "std":
+        gamma = u + 3 * maps.flatten(1).std(1)  # (B, S, S) -> (B, S²)
     else:
-        gamma = maps.amax((1, 2)) if args.statistic == "max" else u + 3 * maps.flatten(1).std(1)  # (B, S, S) -> (B, S²)
+        _, gamma = scored(maps, args)
     return torch.stack([u, gamma], dim=1)
 
 
@@ -701,6 +703,12 @@ def image_score(maps, rule):
     return flat.topk(max(1, int(SHARES[rule] * flat.shape[1])), dim=1).values.mean(1)
 
 
+def scored(maps, args):
+    """Maps, calibrated or not, (B, S, S) -> the same smoothed, and their image scores (B,)."""
+    maps = smooth(maps, args.smoothing)
+    return maps, image_score(maps, args.score)
+
+
 class Scorer:
     """Base and calibration as a function (images, samples) -> (maps (B, S, S), image scores (B,)).
 
@@ -727,14 +735,11 @@ class Scorer:
         maps, u, gamma = self.estimates(images, samples)
         seen = zip(u.tolist(), gamma.tolist(), own_statistics(maps, self.args)[:, 1].tolist())
         self.seen.update(zip([str(s.image) for s in samples], seen))
-        maps = (maps - u[:, None, None]) / (gamma - u).clamp(min=1e-6)[:, None, None]
-        maps = smooth(maps, self.args.smoothing)
-        return maps, image_score(maps, self.args.score)
+        return scored((maps - u[:, None, None]) / (gamma - u).clamp(min=1e-6)[:, None, None], self.args)
 
     def plain(self, images, samples):
         """The same without calibration."""
-        maps = smooth(self.estimates(images, samples)[0], self.args.smoothing)
-        return maps, image_score(maps, self.args.score)
+        return scored(self.estimates(images, samples)[0], self.args)
 
     def estimates_of(self, samples):
         """What the last pass saw of all samples: rows (class, label, û, γ̂, the map's own γ), on every rank."""
