@@ -1,20 +1,23 @@
-"""The numbers of the four papers: every table, as printed, and the question which of them belong to a run.
+"""The numbers of the four papers: every table, as printed; and which of them belong to a run.
 
-All are in papers.csv, beside this file. One line of it is one row of a table for one data set, condition and class:
+They are in papers.csv, beside this file. A line is one row of a table for one data set, condition
+and class:
 
-    paper, table     onenip, omniad, roads or cada; the number that the table has there (4a: its part a)
+    paper, table     onenip, omniad, roads or cada; its table's number there (4a: part a of Table 4)
     row              method or variant
-    options          what makes our script the row's: words of its command line on top of its paper preset; "default":
-                     none are needed; empty: our script cannot be this row (another method, mostly)
-    data, size       as for --data, joined sets in the order of the alphabet; pixels, empty where the paper says nothing
+    options          what makes our script this row: words of its command line on top of its paper
+                     preset. default: none needed; empty: our script cannot be this row
+    data, size       as for --data, joined sets in alphabetical order; pixels, empty if not said
     condition        clean; brightness:3 and so on, as for --corrupt; ood: the mean of these four
-    class            a class; mean: of the classes; mean mvtec: of one set of joined ones; mixed: all classes in one
-                     pool; gain: that pool, minus the same without calibration
-    i_auroc ... mad  the metrics of `metrics.evaluate`, in per cent; 97.85±0.01: mean and standard deviation of ten seeds
+    class            a class; mean: of all classes; mean mvtec: of one of several joined data sets;
+                     mixed: all classes in one pool; gain: that pool minus the pool of the base
+    i_auroc ... mad  metrics of `metrics.evaluate`, in per cent; 97.85±0.01: mean and standard
+                     deviation over ten seeds
     params_m flops_g millions of parameters, billions of multiply-adds
     note             where the paper contradicts itself, or what one must know to compare
 
-A number stands beside a run only if the run has the row's options and all others that decide the result as in the paper.
+A number stands beside a run only if the run has the options of the number's row, and has all other
+options that decide the result as in the paper.
 """
 
 import csv
@@ -25,39 +28,58 @@ from pathlib import Path
 
 from common import corruptions
 
-TITLES = {"onenip": "OneNIP (ECCV 2024)", "omniad": "Omni-AD (ICME 2025)", "roads": "ROADS (WACV 2025)",
-          "cada": "CADA (arXiv 2404.00724)"}
+TITLES = {
+    "onenip": "OneNIP (ECCV 2024)",
+    "omniad": "Omni-AD (ICME 2025)",
+    "roads": "ROADS (WACV 2025)",
+    "cada": "CADA (arXiv 2404.00724)",
+}
 
 TABLES = {  # what each table is about
     "onenip": {
-        "1": "one model per data set", "2": "one model for the 30 classes of three data sets", "3": "image size",
-        "4a": "prompt, restoration, refiner", "4b": "layers of encoder and decoder",
-        "4c": "share of the refiner in the map", "4d": "prompts in training and at test, ten seeds",
-        "5": "pixels, per class", "6": "images, per class",
+        "1": "one model per data set",
+        "2": "one model for the 30 classes of three data sets",
+        "3": "image size",
+        "4a": "prompt, restoration, refiner",
+        "4b": "layers of encoder and decoder",
+        "4c": "share of the refiner in the map",
+        "4d": "prompts in training and at test, over ten seeds",
+        "5": "pixels, per class",
+        "6": "images, per class",
     },
     "omniad": {
-        "I": "three data sets", "II": "which tokens are learned", "III": "order of the two attentions",
-        "IV": "number of tokens", "V": "branches of the block", "VI": "depths of the decoder", "VII": "encoder",
+        "I": "three data sets",
+        "II": "which tokens are learned",
+        "III": "order of the two attentions",
+        "IV": "number of tokens",
+        "V": "branches of the block",
+        "VI": "depths of the decoder",
+        "VII": "encoder",
     },
     "roads": {
-        "1": "MVTec AD, per class", "2": "MVTec AD under four shifts, per class", "3": "VisA, clean and under shift",
+        "1": "MVTec AD, per class",
+        "2": "MVTec AD under four shifts, per class",
+        "3": "VisA, clean and under shift",
         "4": "adapter and prompts; weights of the losses",
     },
     "cada": {
-        "1": "MVTec AD, three bases", "2": "VisA, three bases", "3": "the head: structure, dropout, image score",
-        "4": "who knows the class", "5": "which statistics are estimated",
+        "1": "MVTec AD, three bases",
+        "2": "VisA, three bases",
+        "3": "the head: structure, dropout, image score",
+        "4": "who knows the class",
+        "5": "which statistics are estimated",
     },
 }
 
-QUALITY = ("i_auroc", "i_ap", "i_f1max", "p_auroc", "p_ap", "p_f1max", "p_aupro", "mad")  # in per cent
+QUALITY = ("i_auroc", "i_ap", "i_f1max", "p_auroc", "p_ap", "p_f1max", "p_aupro", "mad")
 COSTS = ("params_m", "flops_g")
 
-# Options that decide what a run computes: those of these groups, and some of the data. The source of textures is left
-# to the user: the papers have DTD, which is not ours to bring along.
+# The options that decide a result: those of these groups, and some of the group "data". The source
+# of textures does not count: the papers' (DTD) cannot be a default, since it must be downloaded.
 GROUPS = ("model", "training", "scoring", "ablations", "calibration")
 OF_THE_DATA = ("classes", "image_size", "mask_rule", "contaminate")
 PER_PROCESS = ("batch_size", "calibration_batch")
-WEIGHT_FILES = ("weights", "adapter_weights")  # taken for the official ones: nobody can tell
+WEIGHT_FILES = ("weights", "adapter_weights")  # a file is taken for the official one
 
 
 @dataclass(frozen=True)
@@ -67,37 +89,37 @@ class Line:
     paper: str
     table: str
     row: str
-    options: tuple | None  # words of a command line; None: no row of ours
+    options: tuple | None  # words of a command line; None: our script cannot be this row
     data: str
     size: int | None
     condition: str
     cls: str
-    values: dict  # {metric: as printed: per cent, millions or billions}
+    values: dict  # {metric: number as printed}
     spread: dict  # {metric: standard deviation}, where there is one
     note: str
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table."""
+    """One row of a table: `options` as in `Line`, and its lines for all data sets and classes."""
 
     name: str
-    options: tuple | None  # as in `Line`
-    lines: list  # of all data sets, conditions and classes
+    options: tuple | None
+    lines: list
 
 
-# ------------------------------------------------------------------------------------------------------ the tables
+# ------------------------------------------------------------------------------------- the tables
 
 
 @functools.cache
 def lines():
-    """All of papers.csv, in its order: that of the tables."""
+    """All of papers.csv, list of `Line`, in the papers' order."""
     with open(Path(__file__).with_name("papers.csv"), newline="", encoding="utf-8") as file:
         return [_line(record) for record in csv.DictReader(file)]
 
 
 def _line(record):
-    """One record of the file -> `Line`."""
+    """A record of the file -> `Line`."""
     options = None
     if record["options"]:
         options = () if record["options"] == "default" else tuple(record["options"].split())
@@ -108,13 +130,26 @@ def _line(record):
             values[metric] = float(value)
         if deviation:
             spread[metric] = float(deviation)
-    size = int(record["size"]) if record["size"] else None
-    return Line(record["paper"], record["table"], record["row"], options, record["data"], size, record["condition"],
-                record["class"], values, spread, record["note"])
+    return Line(
+        paper=record["paper"],
+        table=record["table"],
+        row=record["row"],
+        options=options,
+        data=record["data"],
+        size=int(record["size"]) if record["size"] else None,
+        condition=record["condition"],
+        cls=record["class"],
+        values=values,
+        spread=spread,
+        note=record["note"],
+    )
 
 
 def rows(paper, table):
-    """The rows of a table, in the paper's order: list of `Row`. Raises `KeyError` for a table that is not there."""
+    """The rows of a table, list of `Row`, in the paper's order.
+
+    Raises `KeyError` for a paper or a table that is not there.
+    """
     if table not in TABLES[paper]:
         raise KeyError(f"{TITLES[paper]} has no Table {table}; it has {', '.join(TABLES[paper])}")
     found = {}
@@ -125,7 +160,7 @@ def rows(paper, table):
     return list(found.values())
 
 
-# -------------------------------------------------------------------------------------------- which belong to a run
+# --------------------------------------------------------------------------- which belong to a run
 
 
 def numbers(paper, args, preset, data, world=1):
@@ -133,15 +168,19 @@ def numbers(paper, args, preset, data, world=1):
 
     Args:
         paper: a key of `TITLES`.
-        args: the run's options, made of `runtime.option` fields.
-        preset: {field: value}, the script's paper preset; fields that it lacks have their defaults in the paper.
-        data: name of the data set; joined ones in any order.
-        world: number of processes; the papers' batches are those of all of them.
+        args: the run's options, a dataclass of `runtime.option` fields.
+        preset: {field: value} of the paper's run; fields that it lacks have their defaults there.
+        data: name of the data set; of joined ones in any order.
+        world: number of processes; the papers' batch sizes are those of all of them together.
     Returns:
-        {"source": str, "mean": {metric: fraction}, "mixed": {...}, "classes": {name: {...}}, "datasets": {name: {...}},
-        "shift": {condition: {"mean": {...}, "classes": {...}}} (with --shift), "notes": [str]}, without the parts that
-        the paper leaves open; None if it has nothing for these options, this data and this condition. Where several
-        tables have a number, the first one counts.
+        None if the paper has nothing for these options, this data and this condition. Else a dict
+        of {metric: fraction}, without the parts that the paper leaves open:
+            "mean", "mixed"        {metric: fraction}
+            "classes", "datasets"  {name: {metric: fraction}}
+            "shift"                {condition: the parts above}, with --shift
+            "source"               title and tables
+            "notes"                list of lines
+        Where several tables have a number, the first one counts.
     """
     data = "+".join(sorted(data.split("+")))
     condition = "{}:{}".format(*corruptions.parse(args.corrupt)) if args.corrupt else "clean"
@@ -158,9 +197,11 @@ def numbers(paper, args, preset, data, world=1):
             part = _part(found.setdefault("shift", {}).setdefault(line.condition, {}), line.cls)
         else:
             continue
-        new = {metric: value / 100 for metric, value in line.values.items() if metric in QUALITY and metric not in part}
-        part |= new
-        used += [line] if new else []
+        new = [metric for metric in line.values if metric in QUALITY and metric not in part]
+        for metric in new:
+            part[metric] = round(line.values[metric] / 100, 4)
+        if new:
+            used.append(line)
     if not used:
         return None
     found["source"] = _source(paper, used)
@@ -169,8 +210,11 @@ def numbers(paper, args, preset, data, world=1):
 
 
 def costs(paper, args, preset):
-    """{"params_m": millions of parameters, "flops_g": billions of multiply-adds} of the model that the options make, as
-    the paper has them; empty if it has none. Data and training do not matter."""
+    """Size and cost of the model that the options make, as the paper has them.
+
+    Arguments as in `numbers`; neither data nor training matter. Returns {"params_m": millions of
+    parameters, "flops_g": billions of multiply-adds}, empty if the paper has none.
+    """
     deciding = [*_names(args, ("model", "ablations")), "image_size"]
     found = {}
     for line in lines():
@@ -187,11 +231,13 @@ def _names(args, groups):
 
 
 def _is_row(line, args, preset, deciding, world=1):
-    """Whether the options called `deciding` are the row's, and where it does not name them, the paper's."""
+    """Whether the options `deciding` are the row's, and those it does not name the paper's."""
     if line.options is None:
         return False
     changed = settings(line.options)
-    for name in (name for name in deciding if hasattr(args, name)):
+    for name in deciding:
+        if not hasattr(args, name):
+            continue
         value, default = getattr(args, name), getattr(type(args), name)
         wanted = preset.get(name, default)
         if name in changed:
@@ -218,7 +264,7 @@ def settings(words):
 
 
 def _part(found, cls):
-    """The dict in `found` where the numbers of a class, or of means and pools, belong."""
+    """The dict in `found` to which the numbers of this class, mean or pool belong."""
     if cls.startswith("mean "):
         return found.setdefault("datasets", {}).setdefault(cls.removeprefix("mean "), {})
     if cls in ("mean", "mixed"):
@@ -227,7 +273,7 @@ def _part(found, cls):
 
 
 def _source(paper, used):
-    """The paper's title and the tables: OneNIP (ECCV 2024), Tables 1, 5 and 6."""
+    """Title and tables of the lines: OneNIP (ECCV 2024), Tables 1, 5 and 6."""
     *first, last = [table for table in TABLES[paper] if any(line.table == table for line in used)]
     names = f"Tables {', '.join(first)} and {last}" if first else f"Table {last}"
     return f"{TITLES[paper]}, {names}"
