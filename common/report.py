@@ -161,7 +161,7 @@ def evaluate(run, args, dataset, score, *, setting, seconds, paper=None, extra=N
         result.setdefault("shift", {})[f"{name}:{severity}"] = part
     if args.save_maps:
         _save_maps(run, args, dataset, score, pooled, found.kept)
-    if run.main:
+    if run.is_rank0:
         _draw_classes(run, args, dataset, found.rows, score, corrupt)
         if args.shift == "curve":
             pictures.curves(run.out / "pictures" / "shift.png", _curves(result))
@@ -377,7 +377,7 @@ def _save_maps(run, args, dataset, score, pooled, kept):
     """--save-maps: maps/CLASS.npz of the test images (`kept`), maps/train/CLASS.npz of the training images, which are
     scored for it: what a method that works on the maps of a run needs."""
     for cls in dataset.classes:
-        if run.main:
+        if run.is_rank0:
             of_class = [row for row in kept if row[1].cls == cls]
             _save_class(run.out / "maps", cls, of_class)
         # One class at a time: all maps of the training images may not fit into memory.
@@ -386,7 +386,7 @@ def _save_maps(run, args, dataset, score, pooled, kept):
         for batch in _scored(run, args, images, score, f"training maps, {cls}"):
             rows += _kept(batch, pooled)
         rows = _in_order(run.gather(rows), samples)
-        if run.main:
+        if run.is_rank0:
             _save_class(run.out / "maps" / "train", cls, rows)
 
 
