@@ -338,7 +338,7 @@ def build(name, weights=None, stages=None, frozen=True, full=False):
     if name not in NAMES:
         raise UsageError(f"--backbone {name}: unknown; choose one of {', '.join(NAMES)}")
     efficient = name.startswith("efficientnet")
-    stages = tuple(stages or ((1, 2, 3, 4) if efficient else (1, 2, 3)))
+    stages = tuple(stages or all_stages(name))
     if list(stages) != sorted(set(stages)) or not 1 <= stages[0] <= stages[-1] <= (5 if efficient else 4):
         raise UsageError(f"backbone {name}: stages {stages} must rise, from 1 to {5 if efficient else 4} at most")
     with torch.random.fork_rng(devices=[]):
@@ -374,13 +374,14 @@ class Pyramid(nn.Module):
         pyramid = Pyramid("resnet34", None, image_size=256)
         f1, f2, f3 = pyramid.maps(images)       # = pyramid.split(pyramid(images))
 
-    name, weights: as for `build`. image_size: of the square images, in pixels.
+    name, weights: as for `build`. image_size: of the square images, in pixels. stages: other
+    outputs than those of strides 4, 8 and 16.
     .channels, .sides: of the maps; .backbone: the network, its batch norms folded.
     """
 
-    def __init__(self, name, weights, image_size):
+    def __init__(self, name, weights, image_size, stages=None):
         super().__init__()
-        self.backbone = build(name, weights or None, pyramid_stages(name)).fuse()
+        self.backbone = build(name, weights or None, stages or pyramid_stages(name)).fuse()
         self.backbone.to(memory_format=torch.channels_last)
         self.channels = self.backbone.channels
         self.sides = [image_size // stride for stride in self.backbone.strides]
@@ -389,7 +390,11 @@ class Pyramid(nn.Module):
     def forward(self, images):
         """uint8 (B, 3, S, S) -> rows (B, sum of h w C)."""
         x = normalize(images).contiguous(memory_format=torch.channels_last)
-        maps = self.backbone(x)
+        return self.join(self.backbone(x))
+
+    @staticmethod
+    def join(maps):
+        """Maps, each (B, C, h, w) -> rows (B, sum of h w C)."""
         rows = [f.permute(0, 2, 3, 1).flatten(1) for f in maps]  # (B, C, h, w) -> (B, h w C)
         return torch.cat(rows, dim=1)
 
@@ -405,6 +410,13 @@ class Pyramid(nn.Module):
     def maps(self, images):
         """uint8 (B, 3, S, S) -> [f1, f2, f3], each (B, C, h, w)."""
         return self.split(self(images))
+
+
+def all_stages(name):
+    """The stages whose outputs `build` gives by default: strides up to 16."""
+    if name.startswith("efficientnet"):
+        return 1, 2, 3, 4
+    return 1, 2, 3
 
 
 def pyramid_stages(name):

@@ -166,6 +166,7 @@ def before_torch(Args, presets, description):
     """What can be answered before torch is imported, is: --help, and a wrong option in one line.
 
     To be called by a script that is being run, after its options and before its `import torch`.
+    Arguments as for `parse`.
     """
     try:
         given = vars(_parser(Args, presets, description).parse_args())
@@ -183,11 +184,14 @@ def parse(Args, presets, description, argv=None):
 
     Args:
         Args: dataclass that inherits Options; every field made by `option`.
-        presets: {"laptop": {field: value}, "paper": {...}}.
+        presets: {"laptop": {field: value}, "paper": {...}}, or a function of no arguments that
+            returns it, where the presets depend on another option.
         description: the script's docstring; its first line heads --help.
     Raises:
         UsageError: unknown option, wrong type, value out of range, contradicting options.
     """
+    if callable(presets):
+        presets = presets()
     fields = {field.name: field for field in dataclasses.fields(Args)}
     given = vars(_parser(Args, presets, description).parse_args(argv))
     _refuse_contradictions(given)
@@ -225,6 +229,8 @@ def _flag(name):
 
 def _parser(Args, presets, description):
     """The argparse parser: only what is given on the command line is in its result."""
+    if callable(presets):
+        presets = presets()
     parser = _Parser(
         description=description.strip().split("\n")[0],
         allow_abbrev=False,
