@@ -311,9 +311,9 @@ def presets():
     known, _ = parser.parse_known_args()
     if known.base_run:
         return RECIPE_OF_A_RUN
-    if known.base not in RECIPES:
+    if known.base is not None and known.base not in RECIPES:
         raise UsageError(f"--base {known.base}: unknown; choose one of {', '.join(RECIPES)}")
-    return RECIPES[known.base]
+    return RECIPES[known.base or "revdist"]
 
 
 if __name__ == "__main__":

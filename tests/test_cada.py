@@ -18,7 +18,8 @@ import torch.nn.functional as F
 import cada
 import contract
 import onenip
-from common import backbones, data, runtime
+from common import backbones, data, papers, runtime
+from common.maps import image_score
 
 CHANNELS, SIDES = (16, 24, 32), (16, 8, 4)  # of a small teacher at 64 px
 BASES = ("revdist", "recontrast", "uniad")
@@ -33,7 +34,7 @@ def size(*parts):
 def make(base="revdist", seed=0, **changes):
     """A small base, its frozen features and its options."""
     args = cada.Args(**{**TINY, **changes, "base": base})
-    features = cada.Features(args)
+    features = cada.BASES[base].features(args)
     torch.manual_seed(seed)
     return cada.BASES[base](args, features.channels, features.sides), features, args
 
@@ -120,8 +121,8 @@ def test_shapes(base, backbone):
         assert len(rebuilt) == {"revdist": 3, "recontrast": 6, "uniad": 1}[base]
         side = image_size // (16 if base == "uniad" else 32)
         assert phi.shape == (2, model.phi_channels, side, side)
-        maps = model.anomaly_map(targets, rebuilt)
-        assert maps.shape == (2, image_size, image_size) and cada.image_score(maps, "top1").shape == (2,)
+        maps = model.anomaly_map(targets, rebuilt, image_size)
+        assert maps.shape == (2, image_size, image_size)
 
 
 def test_features_survive_the_row():
@@ -129,9 +130,11 @@ def test_features_survive_the_row():
     images = pictures(2)
     for base in ("revdist", "uniad"):
         args = cada.Args(**TINY, base=base)
-        features = cada.Features(args).train()
+        features = cada.BASES[base].features(args).train()
+        stages = None if base == "uniad" else backbones.pyramid_stages(args.backbone)
         assert not any(p.requires_grad for p in features.parameters())
-        expected = cada.pretrained(args)(data.normalize(images))
+        backbone = backbones.build(args.backbone, args.weights, stages)
+        expected = backbone(data.normalize(images))
         if base == "uniad":
             expected = [torch.cat([F.interpolate(m, (4, 4), mode="bilinear", align_corners=True) for m in expected], 1)]
         for got, own in zip(features.split(features(images)), expected, strict=True):
@@ -148,7 +151,7 @@ def cosine(a, b):
 @pytest.mark.parametrize("form", ["flat", "location"])
 def test_cosine_losses(form):
     """flat: one cosine per image over C·h·w numbers; location: one per position over C. Mean, then sum over scales."""
-    model, _, _ = make(cosine=form)
+    model, _, args = make(cosine=form)
     targets, rebuilt = pairs()
     expected = 0
     for t, r in zip(targets, rebuilt):
@@ -159,17 +162,17 @@ def test_cosine_losses(form):
             each = [1 - cosine(a[:, i, j], b[:, i, j]) for a, b in zip(t, r) for i in range(a.shape[1])
                     for j in range(a.shape[2])]
         expected += np.mean(each)
-    assert model.loss(targets, rebuilt, 0.5).item() == pytest.approx(expected, rel=1e-4)
+    assert model.loss(targets, rebuilt, 0.5, args).item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("progress, k", [(0.0, -3.0), (0.05, -1.0), (0.1, 1.0), (0.7, 1.0)])
 def test_recontrast_loss_and_its_gradient_mask(progress, k):
     """Literally: (Σ three scales)/2 + (Σ three scales)/2; the gradient of each reconstruction is that of the flattened
     cosine, times 0 where the distance is below mean + k std over the batch. The mask is a constant of the graph."""
-    model, _, _ = make("recontrast")
+    model, _, args = make("recontrast")
     targets, rebuilt = pairs(n=6)
     leaves = [r.clone().requires_grad_() for r in rebuilt]
-    loss = model.loss(targets, leaves, progress)
+    loss = model.loss(targets, leaves, progress, args)
     loss.backward()
     expected, masked = 0, 0
     for t, r, leaf in zip(targets, rebuilt, leaves):
@@ -191,10 +194,10 @@ def test_recontrast_loss_and_its_gradient_mask(progress, k):
 
 def test_uniad_loss_and_map():
     """Mean squared error; map: mean over the channels of the squared error, bilinear, corners not aligned."""
-    model, _, _ = make("uniad")
+    model, _, args = make("uniad")
     f, r = torch.randn(2, 5, 4, 4), torch.randn(2, 5, 4, 4)
-    assert model.loss([f], [r], 0).item() == pytest.approx(np.mean((f - r).numpy() ** 2), rel=1e-5)
-    got, error = model.anomaly_map([f], [r]).numpy(), np.mean((f - r).numpy() ** 2, axis=1)
+    assert model.loss([f], [r], 0, args).item() == pytest.approx(np.mean((f - r).numpy() ** 2), rel=1e-5)
+    got, error = model.anomaly_map([f], [r], 64).numpy(), np.mean((f - r).numpy() ** 2, axis=1)
     assert got.shape == (2, 64, 64)
     at = lambda p: min(max((p + 0.5) / 16 - 0.5, 0), 3)  # pixel -> cell
     for y, x in [(0, 0), (7, 8), (31, 32), (40, 3), (63, 50)]:
@@ -210,7 +213,7 @@ def test_cosine_map_is_the_mean_over_scales():
     targets, rebuilt = pairs()
     expected = np.mean([F.interpolate((1 - F.cosine_similarity(r, t, dim=1))[:, None], (64, 64), mode="bilinear",
                                       align_corners=True)[:, 0].numpy() for r, t in zip(rebuilt, targets)], axis=0)
-    np.testing.assert_allclose(model.anomaly_map(targets, rebuilt).numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(model.anomaly_map(targets, rebuilt, 64).numpy(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 10.0])
@@ -222,7 +225,8 @@ def test_calibration_loss(alpha, statistic):
     out, target = rng.normal(size=(6, 2)), rng.normal(size=(6, 2))
     predicted = np.stack([out[:, 0], out[:, 0] + 3 * out[:, 1]], 1) if statistic == "std" else out
     smooth = lambda errors: [e * e / (2 * alpha) if e < alpha else e - alpha / 2 for e in errors]
-    got = cada.calibration_loss(lambda phi: torch.tensor(out), None, torch.tensor(target), None, args)
+    head = lambda phi: torch.tensor(out)
+    got, _ = cada.calibration_losses(head, None, torch.tensor(target), None, args)
     assert got.item() == pytest.approx(sum(np.mean(smooth(errors)) for errors in abs(predicted - target).T))
 
 
@@ -238,7 +242,8 @@ def test_gradient_reaches_every_trainable_parameter_and_no_frozen_one(base, monk
     monkeypatch.setattr(data, "normalize", lambda batch: normalize(batch).double())  # what ReContrast's encoder reads
     targets, rebuilt, _ = model(maps, images)
     assert not any(t.requires_grad for t in targets), "targets are constants"
-    model.loss([t.double() for t in targets], [r.double() for r in rebuilt], 1.0).backward()
+    targets, rebuilt = [t.double() for t in targets], [r.double() for r in rebuilt]
+    model.loss(targets, rebuilt, 1.0, args).backward()
     dead = [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert [n for n in dead if not n.endswith("to_k.bias")] == []
     assert not any(p.requires_grad or p.grad is not None for p in features.parameters())
@@ -283,8 +288,7 @@ def test_overfits_a_few_images(base):
     maps, losses = features.split(features(images)), []
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=5e-3)
     for _ in range(40):
-        targets, rebuilt, _ = model(maps, images)
-        loss = model.loss(targets, rebuilt, 0.0)
+        loss, _ = cada.losses(model, maps, images, 0.0, args)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -321,12 +325,12 @@ def test_every_head_learns_at_the_papers_rate(regressor):
     args = cada.Args(regressor=regressor)
     torch.manual_seed(0)
     head = cada.Head(512, 2, args)
-    optimizer = torch.optim.SGD(head.parameters(), lr=args.calibration_lr, momentum=0.9, weight_decay=1e-4)
+    optimizer = cada.calibration_optimizer(head, args)
     for step in range(300):
         for group in optimizer.param_groups:
             group["lr"] = args.calibration_lr * runtime.lr_factor(step, 300, "cosine")
         index = torch.randint(400, (16,), generator=g)
-        loss = cada.calibration_loss(head, phi[index], target[index], label[index], args)
+        loss, _ = cada.calibration_losses(head, phi[index], target[index], label[index], args)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -339,7 +343,7 @@ class Drawn:
     times the normal range in some pixels. Images are named CLASS-NUMBER or CLASS-NUMBER-bad."""
 
     scales = {"a": (0.0, 1.0), "b": (0.3, 0.2), "c": (2.0, 3.0), "d": (0.5, 0.4)}
-    channels = 6
+    phi_channels = 6
 
     def __call__(self, images, samples):
         maps, phi = [], []
@@ -364,8 +368,8 @@ def calibrated(tmp_path, **changes):
     args = cada.Args(image_size=40, **{"calibration_steps": 1000, "dropout": 0.0, "smoothing": 0, "batch_size": 8,
                                        "log_every": 500, "steps": 0, **changes})
     run = runtime.Run("cada", tmp_path, torch.device("cpu"))
-    state = {"method": "cada", "args": {}, "model": {}, "step": 0, "seconds": 0.0}
-    return *cada.train_calibration(args, run, Drawn(), Drawn.channels, None, drawn_samples(20), state), args, run
+    state = {"model": {}, "step": 0, "seconds": 0.0, "finished": ["model"]}
+    return *cada.train_calibration(args, run, Drawn(), None, drawn_samples(20), state), args, run
 
 
 @pytest.mark.parametrize("calibrate", ["none", "given", "classifier", "cada"])
@@ -389,9 +393,10 @@ def test_calibration_makes_one_pool_of_very_different_classes(calibrate, statist
             top = np.sort(maps.reshape(20, -1))[:, -16:].mean()
         assert calibration.statistics[c].tolist() == pytest.approx([u, top], rel=1e-4)
     if calibrate in ("given", "classifier"):
-        _, u, gamma = score.estimates(None, bad)
+        _, u, gamma, chosen = score.estimate(None, bad)
         index = ["abcd".index(s.cls) for s in bad]
         assert torch.equal(torch.stack([u, gamma], 1), calibration.statistics[index])
+        assert chosen.tolist() == index
     assert state["normal_score"] > 0 and state["step"] == (1000 if calibrate in ("classifier", "cada") else 0)
 
 
@@ -399,7 +404,7 @@ def test_calibration_formula_comes_before_the_smoothing(tmp_path):
     """(M - û)/(γ̂ - û), at least 1e-6 in the denominator, then the 5x5 window, zeros outside; mean of the top 1 %."""
     u, gamma = torch.tensor([0.5, 0.2]), torch.tensor([2.0, 0.1])  # the second is clamped
     args = cada.Args(image_size=40)
-    calibration = lambda phi, samples: (u, gamma)
+    calibration = lambda phi, samples: (u, gamma, torch.tensor([-1, -1]))
     score = cada.Scorer(args, runtime.Run("cada", tmp_path, torch.device("cpu")), Drawn(), calibration)
     samples = [sample("a-1"), sample("a-2")]
     raw = Drawn()(None, samples)[0].double().numpy()
@@ -411,10 +416,11 @@ def test_calibration_formula_comes_before_the_smoothing(tmp_path):
         expected = np.array([[(m[i:i + 5, j:j + 5] * weight).sum() for j in range(40)] for i in range(40)])
         np.testing.assert_allclose(maps[n].numpy(), expected, rtol=1e-3, atol=1e-4 * abs(expected).max())
         assert scores[n].item() == pytest.approx(np.sort(expected.ravel())[-16:].mean(), rel=1e-3)
-    rows = score.estimates_of(samples)
-    assert [row[:2] for row in rows] == [("a", 0)] * 2
-    assert [row[2:4] for row in rows] == [pytest.approx(pair) for pair in ((0.5, 2.0), (0.2, 0.1))]
-    assert [row[4] for row in rows] == pytest.approx(raw.max((1, 2)).tolist(), rel=1e-5)
+    rows = score.statistics_of(samples)
+    assert [(row.cls, row.label, row.chosen) for row in rows] == [("a", 0, -1)] * 2
+    assert [row.u_hat for row in rows] == pytest.approx([0.5, 0.2])
+    assert [row.gamma_hat for row in rows] == pytest.approx([2.0, 0.1])
+    assert [row.gamma for row in rows] == pytest.approx(raw.max((1, 2)).tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize("smoothing, score", [(0, "max"), (5, "max"), (5, "top1")])
@@ -424,19 +430,20 @@ def test_statistic_score_is_the_image_score(smoothing, score, tmp_path):
     args = cada.Args(image_size=40, statistic="score", smoothing=smoothing, score=score)
     samples = drawn_samples(3)
     maps = Drawn()(None, samples)[0]
-    own = cada.own_statistics(maps, args)
+    u, gamma = cada.map_statistics(maps, args)
+    none = torch.full((12,), -1)
     run = runtime.Run("cada", tmp_path, torch.device("cpu"))
-    scorer = cada.Scorer(args, run, Drawn(), lambda phi, samples: own.unbind(1))
-    assert torch.equal(own[:, 1], scorer.plain(None, samples)[1])
+    scorer = cada.Scorer(args, run, Drawn(), lambda phi, samples: (u, gamma, none))
+    assert torch.equal(gamma, scorer.plain(None, samples)[1])
     torch.testing.assert_close(scorer(None, samples)[1], torch.ones(12), rtol=0, atol=0.15 if smoothing else 1e-5)
-    assert [row[4] for row in scorer.estimates_of(samples)] == own[:, 1].tolist()
+    assert [row.gamma for row in scorer.statistics_of(samples)] == gamma.tolist()
 
 
 @pytest.mark.parametrize("rule, count", [("max", 1), ("top0.1", 65), ("top1", 655), ("top2", 1310)])
 def test_image_scores(rule, count):
     maps = torch.rand(2, 256, 256, generator=torch.Generator().manual_seed(0))
     expected = np.sort(maps.numpy().reshape(2, -1))[:, -count:].mean(1)
-    np.testing.assert_allclose(cada.image_score(maps, rule).numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(image_score(maps, rule).numpy(), expected, rtol=1e-5)
 
 
 def test_remembered_maps_change_nothing(tmp_path):
@@ -460,12 +467,16 @@ def test_remembered_maps_change_nothing(tmp_path):
 def test_correlations():
     """Pearson's r per class and label; undefined for constants and for fewer than three images."""
     rng = np.random.default_rng(0)
-    rows = [("a", label, 0.0, *rng.normal(size=2)) for label in (0, 1) for _ in range(9)]
-    rows += [("b", 0, 0.0, 1.5, own) for own in rng.normal(size=5)]
-    rows += [("b", 1, 0.0, *pair) for pair in rng.normal(size=(2, 2))]
+    def seen(cls, label, gamma_hat, gamma):
+        return cada.Seen(cls, label, 0.0, gamma_hat, gamma, -1)
+
+    rows = [seen("a", label, *rng.normal(size=2)) for label in (0, 1) for _ in range(9)]
+    rows += [seen("b", 0, 1.5, own) for own in rng.normal(size=5)]
+    rows += [seen("b", 1, *pair) for pair in rng.normal(size=(2, 2))]
     found = cada.correlations(rows)
     for label, name in enumerate(("good", "defective")):
-        pairs = np.array([row[3:] for row in rows if row[:2] == ("a", label)])
+        mine = [row for row in rows if (row.cls, row.label) == ("a", label)]
+        pairs = np.array([(row.gamma_hat, row.gamma) for row in mine])
         assert found[name]["a"] == pytest.approx(np.corrcoef(pairs.T)[0, 1])
         assert found[name]["b"] is None
 
@@ -517,16 +528,17 @@ def test_contamination_moves_the_right_images():
 def test_paper_numbers():
     """Found for the paper's own settings only; the presets of the bases are the paper's recipes."""
     def numbers(name, **changes):
-        return cada.paper_numbers(data.Dataset(name, None, classes=["a"]), cada.Args(**changes))
+        preset = cada.RECIPES[changes.get("base", "revdist")]["paper"]
+        return papers.numbers("cada", cada.Args(**{**preset, **changes}), preset, name)
 
     assert numbers("mvtec")["mixed"]["i_auroc"] == 0.98 and numbers("mvtec")["mean"]["p_ap"] == 0.57
     assert numbers("visa", calibrate="none")["mixed"]["p_ap"] == pytest.approx(0.329)
-    assert numbers("mvtec", base="uniad", image_size=224)["mean"]["i_ap"] == pytest.approx(0.991)
-    for changes in (dict(base="uniad"), dict(calibrate="given"), dict(classes="a"), dict(image_size=320),
-                    dict(contaminate=0.1), dict(statistic="std"), dict(statistic="score"), dict(base_run="x")):
+    assert numbers("mvtec", base="uniad")["mean"]["i_ap"] == pytest.approx(0.991)
+    for changes in (dict(base="uniad", image_size=256), dict(classes="a"), dict(image_size=320),
+                    dict(contaminate=0.1), dict(statistic="score"), dict(base_run="x")):
         assert numbers("mvtec", **changes) is None
     assert numbers("synth") is None
-    recipe = {base: cada.Args(**cada.PRESETS["paper"][base]) for base in BASES}
+    recipe = {base: cada.Args(**cada.RECIPES[base]["paper"]) for base in BASES}
     assert [(a.lr, a.weight_decay, a.steps, a.batch_size, a.alpha, a.calibration_steps) for a in recipe.values()] == [
         (2e-3, 1e-5, 5000, 16, 0.1, 5000), (2e-3, 1e-5, 5000, 16, 0.1, 5000), (3e-4, 1e-4, 50_000, 64, 10, 20_000)]
     factor = lambda step, a: runtime.lr_factor(step, a.steps, a.schedule, a.lr_drop)
