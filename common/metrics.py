@@ -55,9 +55,9 @@ exact     keeps the maps (the array given to `evaluate`, or a copy of each batch
           scikit-learn, and for AUPRO to a loop over every distinct threshold, up to rounding (1e-9 is tested). Beyond
           the maps it needs some 200 bytes per positive pixel.
 bounded   more than EXACT_PIXELS (2^28) pixels, float64 ones counted twice: keeps only histograms of at most 2^19 bins
-          per class, 12 MiB each, whatever the number of images (`Histogram`). A bin is then not one score but an
-          interval of neighbouring floats; inside it the order of positives and negatives is unknown. Every metric is
-          computed for the best and the worst order that is possible (`_intervals`): the exact value lies between.
+          per class, 12 MiB each, whatever the number of images (`common/bounded.py`). A bin is then not one score but
+          an interval of neighbouring floats; inside it the order of positives and negatives is unknown. Every metric is
+          computed for the best and the worst order that is possible (`intervals`): the exact value lies between.
           Reported is the middle, and rep["error_bounds"] holds the half width, rounding included: 2e-5 or less in the
           bench below, only rounding for float16 maps, more where scores crowd in a few bins (a saturated sigmoid).
           Image scores are few, kept (some 40 bytes each), and always exact.
@@ -104,87 +104,82 @@ import torch
 from scipy import ndimage
 
 from common import UsageError
+from common.bounded import Histogram, intervals, keys_of
 
 IMAGE_METRICS = ("i_auroc", "i_ap", "i_f1max")
 PIXEL_METRICS = ("p_auroc", "p_ap", "p_f1max", "p_aupro")
-METRICS = IMAGE_METRICS + PIXEL_METRICS + ("mad",)
+SEVEN = IMAGE_METRICS + PIXEL_METRICS
+METRICS = SEVEN + ("mad",)
 
-FPR_LIMIT = 0.3             # AUPRO: integrate up to this false positive rate, as in the papers
-EXACT_PIXELS = 2 ** 28      # more than this, float64 ones twice: the bounded engine. 4096 maps of 256 x 256, 1 GiB
-ROUNDING = 1e-12            # added to the error bounds, see `_seven`
+FPR_LIMIT = 0.3  # AUPRO: integrate up to this false positive rate, as in the papers
+# More pixels than this, float64 ones counted twice: the bounded engine. 4096 maps of 256 x 256, 1 GiB
+EXACT_PIXELS = 2**28
+ROUNDING = 1e-12  # added to the error bounds, see `_seven`
+PIECE = 2**16  # pixels that stay in the processor's cache
 
 
-# ------------------------------------------------------------------------------------------------- the four formulas
+# ------------------------------------------------------------------------------------------ the four formulas
+
+
 class Bins(NamedTuple):
     """Scores that hold at least one positive, from the highest to the lowest. Arrays of shape (K,)."""
-    positives: np.ndarray   # p_k: positives in the bin
-    mass: np.ndarray        # m_k: sum of 1/(area of the region) over these positives (pixels only)
-    above: np.ndarray       # a_k: negatives in all higher bins, also those that hold no positive
-    inside: np.ndarray      # n_k: negatives in the bin
-    negatives: int          # N: all negatives
-    regions: int            # R: all regions
+
+    positives: np.ndarray  # p_k: positives in the bin
+    mass: np.ndarray  # m_k: sum of 1/(area of the region) over these positives (pixels only)
+    above: np.ndarray  # a_k: negatives in all higher bins, also those that hold no positive
+    inside: np.ndarray  # n_k: negatives in the bin
+    negatives: int  # N: all negatives
+    regions: int  # R: all regions
 
 
 def _bins(everything, positives, mass, regions):
     """Bins from a histogram in ascending order of scores: all samples, positives, region mass, each (B,)."""
-    keep = np.flatnonzero(positives)[::-1]
-    positives, mass = positives[keep], mass[keep]
-    upto = np.cumsum(everything)
-    total = int(upto[-1]) if upto.size else 0
-    higher_positives = np.cumsum(positives) - positives
-    return Bins(positives, mass, above=total - upto[keep] - higher_positives, inside=everything[keep] - positives,
-                negatives=total - int(positives.sum()), regions=regions)
+    descending = np.flatnonzero(positives)[::-1]
+    all_upto = np.cumsum(everything)
+    total = int(all_upto[-1]) if all_upto.size else 0
+    p = positives[descending]
+    higher = total - all_upto[descending]  # samples in higher bins
+    higher_positives = np.cumsum(p) - p
+    return Bins(
+        positives=p,
+        mass=mass[descending],
+        above=higher - higher_positives,
+        inside=everything[descending] - p,
+        negatives=total - int(p.sum()),
+        regions=regions,
+    )
 
 
 def _area(weight, b, limit):
     """Sum of weight x E_k(limit): the area under a curve that rises by weight_k while FP goes from a_k to a_k + n_k."""
-    left, right = np.minimum(b.above, limit), np.minimum(b.above + b.inside, limit)
-    share = np.where(b.inside > 0, (right - left) / np.maximum(b.inside, 1), 1.0)     # of the rise, before the limit
+    left = np.minimum(b.above, limit)
+    right = np.minimum(b.above + b.inside, limit)
+    # of the rise, what lies before the limit
+    share = np.where(b.inside > 0, (right - left) / np.maximum(b.inside, 1), 1.0)
     return float(np.sum(weight * share * (limit - (left + right) / 2)))
 
 
 def _values(b):
     """AUROC, AP, F1max, AUPRO, each bin being one score (all its samples are tied)."""
-    p_total, limit = b.positives.sum(), FPR_LIMIT * b.negatives
-    tp, fp = np.cumsum(b.positives), b.above + b.inside
+    p_total = b.positives.sum()
+    limit = FPR_LIMIT * b.negatives
+    tp = np.cumsum(b.positives)
+    fp = b.above + b.inside
     auroc = _area(b.positives, b, b.negatives) / (p_total * float(b.negatives))
     ap = float(np.sum(b.positives * (tp / (tp + fp)))) / p_total
     f1 = float(np.max(2 * tp / (tp + fp + p_total)))
-    aupro = _area(b.mass, b, limit) / (b.regions * limit) if b.regions else 0.0       # 0 regions: image scores
-    return [min(float(v), 1.0) for v in (auroc, ap, f1, aupro)]                       # rounding may give 1 + 1e-16
-
-
-def _intervals(b):
-    """Lowest and highest possible AUROC, AP, F1max, AUPRO when the order inside each bin is unknown: two lists.
-
-    In a bin with p positives and n negatives, T positives and F negatives in the bins above:
-    * a positive's own FP is at least a_k = F and at most a_k + n_k = F + n: strips of AUROC and AUPRO;
-    * its precision is at most (T+p)/(T+p+F) (all positives tied, before the negatives), and that of the i-th positive
-      at least (T+i)/(T+i+F+n) (all negatives first). The sum over i of the latter is p - (F+n) sum_i 1/(T+F+n+i) and
-      sum_i 1/(A+i) <= ln(1 + p/A), as 1/x falls;
-    * a threshold in the bin has TP <= T+p, FP >= F, so F1 <= 2(T+p)/(T+p+F+P); the lowest score of the bin is itself a
-      threshold, with F1 = 2(T+p)/(T+p+F+n+P).
-    """
-    p_total, limit = b.positives.sum(), FPR_LIMIT * b.negatives
-    tp, f_low, f_high = np.cumsum(b.positives), b.above, b.above + b.inside
-
-    def strips(weight, f, limit):
-        return float(np.sum(weight * np.maximum(limit - f, 0.0)))
-    before = (tp - b.positives + f_high).astype(np.float64)                           # A = T + F + n
-    ap_low = b.positives - f_high * np.log1p(b.positives / np.maximum(before, 1.0))   # A = 0: then F + n = 0
-    area, partial = p_total * float(b.negatives), b.regions * limit
-    low = (strips(b.positives, f_high, b.negatives) / area, float(np.sum(ap_low)) / p_total,
-           float(np.max(2 * tp / (tp + f_high + p_total))), strips(b.mass, f_high, limit) / partial)
-    high = (strips(b.positives, f_low, b.negatives) / area, float(np.sum(b.positives * (tp / (tp + f_low)))) / p_total,
-            float(np.max(2 * tp / (tp + f_low + p_total))), strips(b.mass, f_low, limit) / partial)
-    return [[min(float(v), 1.0) for v in ends] for ends in (low, high)]               # as in `_values`
+    aupro = 0.0
+    if b.regions:  # image scores have none
+        aupro = _area(b.mass, b, limit) / (b.regions * limit)
+    return [min(float(v), 1.0) for v in (auroc, ap, f1, aupro)]  # rounding may give 1 + 1e-16
 
 
 def _image_bins(scores, labels):
     """Bins of image scores (N,) float64 and labels (N,) bool: here a plain sort is cheap."""
     distinct, where = np.unique(scores, return_inverse=True)
+    everything = np.bincount(where, minlength=distinct.size)
     positives = np.bincount(where[labels], minlength=distinct.size)
-    return _bins(np.bincount(where, minlength=distinct.size), positives, np.zeros(distinct.size), 0)
+    return _bins(everything, positives, np.zeros(distinct.size), 0)
 
 
 def best_f1_threshold(scores, labels):
@@ -201,21 +196,8 @@ def best_f1_threshold(scores, labels):
     b = _image_bins(scores, labels)
     tp = np.cumsum(b.positives)
     best = np.argmax(2 * tp / (tp + b.above + b.inside + tp[-1]))
-    return float(np.unique(scores[labels])[::-1][best])
-
-
-# ------------------------------------------------------------------------------------- scores as integers, and ranks
-def _keys(scores, dtype=np.float32):
-    """Floats of any shape -> integers (n,) in the same order: int32 for float32, int64 for float64.
-
-    The bits of a non-negative IEEE float, read as an integer, are in the order of the floats; for a negative float the
-    order is reversed, which flipping all bits but the sign mends. -0.0 becomes 0.0, so that the two stay equal.
-    """
-    with np.errstate(over="ignore"):                    # float64 beyond float32's range become infinite: still in order
-        x = np.add(scores.reshape(-1), dtype(0), dtype=dtype)
-    key = x.view(np.int32 if dtype is np.float32 else np.int64)
-    key ^= (key >> (8 * key.itemsize - 1)) & np.iinfo(key.dtype).max
-    return key
+    descending = np.unique(scores[labels])[::-1]
+    return float(descending[best])
 
 
 class Ranker:
@@ -229,28 +211,34 @@ class Ranker:
     """
 
     def __init__(self, keys):
-        self.keys = np.append(keys, np.iinfo(keys.dtype).max)                   # a sentinel larger than any score
-        self.low = 8 * keys.itemsize - 16                                       # bits below the leading 16
-        held = np.bincount((keys >> self.low).astype(np.intp) + 2 ** 15, minlength=2 ** 16)
-        bits = np.where(held > 0, np.minimum(np.ceil(np.log2(2 * np.maximum(held, 1))), self.low), 0).astype(np.intp)
-        self.shift = (self.low - bits).astype(keys.dtype)                       # (65536,)
-        self.first = np.cumsum(1 << bits) - (1 << bits)                         # (65536,) the cell's first sub-cell
-        count = np.bincount(self._cells(keys), minlength=int(np.sum(1 << bits)))
+        self.keys = np.append(keys, np.iinfo(keys.dtype).max)  # a sentinel larger than any score
+        self.low = 8 * keys.itemsize - 16  # bits below the leading 16
+        cell = (keys >> self.low).astype(np.intp) + 2**15
+        held = np.bincount(cell, minlength=2**16)
+        wanted = np.ceil(np.log2(2 * np.maximum(held, 1)))
+        bits = np.where(held > 0, np.minimum(wanted, self.low), 0).astype(np.intp)
+        sub_cells = 1 << bits  # (65536,) of each cell
+        self.shift = (self.low - bits).astype(keys.dtype)  # (65536,)
+        self.first = np.cumsum(sub_cells) - sub_cells  # (65536,) the cell's first sub-cell
+        count = np.bincount(self._cells(keys), minlength=int(np.sum(sub_cells)))
         lower = (np.cumsum(count) - count).astype(np.int32)
-        self.lower = np.where(count > 0, ~lower, lower)                         # (sub-cells,); ~r = -1 - r: not empty
+        self.lower = np.where(count > 0, ~lower, lower)  # (sub-cells,); ~r = -1 - r: not empty
 
     def _cells(self, keys):
+        """The sub-cell (n,) of each key."""
         top = (keys >> self.low).astype(np.intp)
-        top += 2 ** 15
+        top += 2**15
+        rest = keys & ((1 << self.low) - 1)
         cell = self.first.take(top)
-        cell += (keys & ((1 << self.low) - 1)) >> self.shift.take(top)
+        cell += rest >> self.shift.take(top)
         return cell
 
     def codes(self, keys):
         """keys (n,) -> (n,): 2r if r of the K keys are smaller and none is equal, 2r + 1 if the next one is equal."""
         code = self.lower.take(self._cells(keys)).astype(np.intp)
         some = np.flatnonzero(code < 0)
-        key, rank = keys[some], ~code[some]
+        key = keys[some]
+        rank = ~code[some]
         rank += self.keys.take(rank) < key
         far = np.flatnonzero(self.keys.take(rank) < key)
         rank[far] = np.searchsorted(self.keys, key[far])
@@ -259,153 +247,39 @@ class Ranker:
         return code
 
 
-# ----------------------------------------------------------------------------------------------- the bounded engine
-PAGE_BITS = 10              # a page is 2^10 = 1024 neighbouring bins
-PAGE = 2 ** PAGE_BITS
-PAGES = 512                 # at most 512 x 1024 = 2^19 bins, 3 x 8 bytes each: 12 MiB per class
+# ------------------------------------------------------------------------------------------- the accumulator
 
 
-class Histogram:
-    """Pixels, positives and region mass per interval of 2^shift neighbouring float32 keys, for every class.
-
-    Two levels: a directory says which pages (1024 bins each) are in use; only these are stored, so bins are spent where
-    scores are. When more than 512 pages are needed, `shift` grows by one, which joins bins two by two. The final
-    shift is the smallest for which all scores seen fit in 512 pages, in whatever order they came: that makes merging
-    associative. Scores within one octave, say 0.25 to 0.5, need shift 4: 16 neighbouring floats a bin, of some 500,000.
-    The whole range of float32 needs shift 13.
-    """
-
-    def __init__(self):
-        self.bits, self.rounded = 0, False                                        # see single_scores
-        self._clear(shift=0)
-
-    def _clear(self, shift):
-        self.shift, self.rows = shift, {}                                         # rows: class -> three arrays
-        self.directory = np.full(2 ** (32 - PAGE_BITS - shift), -1, np.int32)     # page -> slot, -1: not in use
-        self.used = 0
-
-    def add_map(self, name, a_map):
-        """Count the pixels of a map (H, W) of any float dtype; they come before its positives and mass."""
-        keys = _keys(a_map)
-        self.bits |= int(np.bitwise_or.reduce(keys ^ ((keys >> 31) & 0x7fffffff), initial=0))
-        with np.errstate(over="ignore"):
-            self.rounded = self.rounded or bool(np.any(a_map != a_map.astype(np.float32)))
-        self.add(name, 0, keys, 1)
-
-    def single_scores(self):
-        """True if no bin can hold two different scores: then the engine is exact, as for float16 or constant maps.
-
-        So it is if the last `shift` bits of all scores, as float32, are zero, and none was rounded to float32.
-        """
-        return not self.rounded and not self.bits & ((1 << self.shift) - 1)
-
-    def _add_pages(self, pages):
-        """False, and nothing is done, if the pages (sorted, distinct, not yet in use) do not fit."""
-        if self.used + pages.size > PAGES:
-            return False
-        self.directory[pages] = np.arange(self.used, self.used + pages.size)
-        self.used += pages.size
-        return True
-
-    def _slots(self, keys):
-        """The place (n,) of each key's bin in the arrays of a class; makes room for it where there is none."""
-        while True:
-            page = (keys >> (self.shift + PAGE_BITS)) + (len(self.directory) // 2)       # keys are signed
-            slot = self.directory.take(page).astype(np.intp)
-            new = slot < 0
-            if not new.any():
-                break
-            if not self._add_pages(np.unique(page[new])):
-                self.coarsen()
-        slot *= PAGE
-        slot += (keys >> self.shift) & (PAGE - 1)
-        return slot
-
-    def add(self, name, row, keys, amount):
-        """Add amount (a number or (n,)) to row 0 pixels, 1 positives or 2 mass at keys (n,) int32 of class `name`."""
-        slots = self._slots(keys)
-        if name not in self.rows:
-            self.rows[name] = [np.zeros(PAGES * PAGE, kind) for kind in (np.int64, np.int64, np.float64)]
-        np.add.at(self.rows[name][row], slots, amount)
-
-    def pages(self):
-        """Pages in use, ascending."""
-        return np.flatnonzero(self.directory >= 0)
-
-    def _bin_keys(self):
-        """The lowest key of every bin in use, (pages, 1024) int32, and its place in the arrays of a class."""
-        page = self.pages()
-        first = (page - len(self.directory) // 2)[:, None] << (self.shift + PAGE_BITS)
-        return ((first + (np.arange(PAGE) << self.shift)).astype(np.int32),
-                self.directory[page][:, None] * PAGE + np.arange(PAGE))
-
-    def merge(self, other):
-        """Add the other's content; the result is as coarse as the coarser, or as the budget demands."""
-        self.bits, self.rounded = self.bits | other.bits, self.rounded or other.rounded
-        while self.shift < other.shift:
-            self.coarsen()
-        keys, slots = other._bin_keys()
-        for name, rows in other.rows.items():
-            self._add_bins(name, rows, keys, slots)
-
-    def _add_bins(self, name, rows, keys, slots):
-        """Add the three arrays of a class, whose bins with the given lowest keys are at the given places."""
-        filled = rows[0][slots] > 0
-        for i, row in enumerate(rows):
-            self.add(name, i, keys[filled], row[slots[filled]])
-
-    def coarsen(self):
-        """Join bins two by two. One class after the other is emptied and freed, so that only one is held twice."""
-        finer, (keys, slots) = self.rows, self._bin_keys()
-        self._clear(self.shift + 1)
-        while finer:
-            name, rows = finer.popitem()
-            self._add_bins(name, rows, keys, slots)
-
-    def align(self, gather):
-        """Make the layout the same in all processes, so that their arrays can be added up."""
-        layouts = gather((self.shift, self.pages(), self.bits, self.rounded))
-        self.bits = int(np.bitwise_or.reduce([bits for _, _, bits, _ in layouts]))
-        self.rounded = any(rounded for _, _, _, rounded in layouts)
-        shift = max(layout[0] for layout in layouts)
-        while len(pages := np.unique(np.concatenate([p >> (shift - s) for s, p, _, _ in layouts]))) > PAGES:
-            shift += 1
-        while self.shift < shift:
-            self.coarsen()
-        self._add_pages(np.setdiff1d(pages, self.pages()))
-
-    def ascending(self, name):
-        """Pixels, positives and mass of a class, (bins,) each, in ascending order of scores; zeros if it has none."""
-        slots = self.directory[self.pages()]
-        rows = self.rows.get(name) or [np.zeros(PAGES * PAGE, kind) for kind in (np.int64, np.int64, np.float64)]
-        return [row.reshape(PAGES, PAGE)[slots].reshape(-1) for row in rows]
-
-
-# ---------------------------------------------------------------------------------------------------- the accumulator
 @dataclass
 class _Class:
     """What is kept of one class: image scores and positive pixels always, maps in the exact engine only."""
-    scores: list = field(default_factory=list)      # floats
-    labels: list = field(default_factory=list)      # bools
-    maps: list = field(default_factory=list)        # arrays (H, W) of any float dtype
-    positives: list = field(default_factory=list)   # arrays (p,): scores of the positive pixels of one image ...
-    mass: list = field(default_factory=list)        # ... and 1/(area of its region) for each
+
+    scores: list = field(default_factory=list)  # floats
+    labels: list = field(default_factory=list)  # bools
+    maps: list = field(default_factory=list)  # arrays (H, W) of any float dtype
+    positives: list = field(default_factory=list)  # arrays (p,): scores of the positive pixels of one image ...
+    mass: list = field(default_factory=list)  # ... and 1/(area of its region) for each
     regions: int = 0
 
     def extend(self, other):
-        for name in ("scores", "labels", "maps", "positives", "mass"):
-            getattr(self, name).extend(getattr(other, name))
+        self.scores.extend(other.scores)
+        self.labels.extend(other.labels)
+        self.maps.extend(other.maps)
+        self.positives.extend(other.positives)
+        self.mass.extend(other.mass)
         self.regions += other.regions
 
 
 def _mass(mask):
     """mask (H, W) bool -> (number of 8-connected regions, 1/area of its region for each pixel of mask in row order)."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    rows = np.flatnonzero(mask.any(1))
+    columns = np.flatnonzero(mask.any(0))
     if not rows.size:
         return 0, np.zeros(0)
-    box = mask[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]    # defects are small: label only their bounding box
+    # defects are small: label only their bounding box
+    box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     region, number = ndimage.label(box, structure=np.ones((3, 3)))
-    region = region[box]
+    region = region[box]  # (positive pixels,), from 1
     return number, 1 / np.bincount(region)[region]
 
 
@@ -420,9 +294,12 @@ class Accumulator:
     def __init__(self, engine="auto", expected_pixels=None):
         if engine not in ("auto", "exact", "bounded"):
             raise UsageError(f"engine={engine!r}: choose auto, exact or bounded")
-        self.engine, self.images, self.pixels, self.classes = engine, 0, 0, {}
-        self.histogram = None                                                      # set: the bounded engine is at work
-        if engine == "bounded" or engine == "auto" and (expected_pixels or 0) > EXACT_PIXELS:
+        self.engine = engine
+        self.images, self.pixels = 0, 0
+        self.classes = {}  # name -> _Class
+        self.histogram = None  # set: the bounded engine is at work
+        too_many = engine == "auto" and (expected_pixels or 0) > EXACT_PIXELS
+        if engine == "bounded" or too_many:
             self.histogram = Histogram()
 
     def update(self, maps, masks, image_scores, labels, classes, names=None, copy=True):
@@ -435,16 +312,13 @@ class Accumulator:
 
         Raises UsageError, and adds nothing, if a score is NaN or infinite, shapes do not fit or a label is not 0/1.
         """
-        maps, masks, scores, labels, classes = _check(maps, masks, image_scores, labels, classes, names)
-        if copy and self.histogram is None and isinstance(maps, np.ndarray):
-            maps = maps.copy()
-        elif copy and self.histogram is None:
-            maps = [m.copy() for m in maps]
-        for a_map, mask, score, label, name in zip(maps, masks, scores, labels, classes):
+        batch = _check(maps, masks, image_scores, labels, classes, names)
+        copy = copy and self.histogram is None
+        for a_map, mask, score, label, name in zip(*batch):
             c = self.classes.setdefault(str(name), _Class())
             c.scores.append(float(score))
             c.labels.append(bool(label))
-            c.maps.append(a_map)
+            c.maps.append(a_map.copy() if copy else a_map)
             mask = mask if mask.dtype == bool else mask > 0
             number, mass = _mass(mask)
             if number:
@@ -452,21 +326,27 @@ class Accumulator:
                 c.mass.append(mass)
                 c.regions += number
             self.images += 1
-            self.pixels += a_map.size * (2 if a_map.dtype == np.float64 else 1)        # it is memory that is scarce
+            # float64 counts twice: it is memory that is scarce
+            self.pixels += a_map.size * (2 if a_map.dtype == np.float64 else 1)
             self._choose_engine()
 
-    def _choose_engine(self, force=False):
-        """Move the kept maps, if any, into the histogram, once the bounded engine is at work or becomes due."""
+    def _choose_engine(self):
+        """Let the bounded engine take over once it is due."""
+        due = self.engine != "exact" and self.pixels > EXACT_PIXELS
+        if due or self.histogram is not None:
+            self._become_bounded()
+
+    def _become_bounded(self):
+        """Move the kept maps, if any, into the histogram."""
         if self.histogram is None:
-            if not force and (self.engine == "exact" or self.pixels <= EXACT_PIXELS):
-                return
             self.histogram = Histogram()
         for name, c in self.classes.items():
             for a_map in c.maps:
                 self.histogram.add_map(name, a_map)
             for scores, mass in zip(c.positives, c.mass):
-                self.histogram.add(name, 1, _keys(scores), 1)
-                self.histogram.add(name, 2, _keys(scores), mass)
+                keys = keys_of(scores)
+                self.histogram.add(name, 1, keys, 1)
+                self.histogram.add(name, 2, keys, mass)
             c.maps, c.positives, c.mass = [], [], []
 
     def merge(self, other):
@@ -475,14 +355,45 @@ class Accumulator:
             self.classes.setdefault(name, _Class()).extend(c)
         self.images += other.images
         self.pixels += other.pixels
-        self._choose_engine(force=other.histogram is not None)
+        self._choose_engine()
         if other.histogram is not None:
+            self._become_bounded()
             self.histogram.merge(other.histogram)
         return self
 
     def compute(self):
         """The report of `evaluate`. More batches may follow."""
-        return _report(self, gather=lambda thing: [thing], total=lambda array: array)
+        return _report(self, _Alone())
+
+
+class _Alone:
+    """One process: what others gather from all processes and add up is its own."""
+
+    def gather(self, thing):
+        return [thing]
+
+    def total(self, array):
+        return array
+
+
+class _Group:
+    """All processes of a torch.distributed group."""
+
+    def __init__(self):
+        self.device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+
+    def gather(self, thing):
+        """The things of all processes, in the order of their ranks."""
+        things = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(things, thing)
+        return things
+
+    def total(self, array):
+        """The sum of the processes' arrays."""
+        # on the CPU the tensor shares memory: the array itself is added up
+        tensor = torch.from_numpy(array).to(self.device)
+        torch.distributed.all_reduce(tensor)
+        return tensor.cpu().numpy()
 
 
 def evaluate(maps, masks=None, image_scores=None, labels=None, classes=None, names=None, engine="auto"):
@@ -499,14 +410,16 @@ def evaluate(maps, masks=None, image_scores=None, labels=None, classes=None, nam
     sorted, metrics are METRICS in this order.
     """
     if masks is not None:
-        acc = Accumulator(engine, expected_pixels=sum(np.prod(np.shape(m)) for m in maps))
+        expected = sum(np.prod(np.shape(m)) for m in maps)
+        acc = Accumulator(engine, expected_pixels=expected)
         acc.update(maps, masks, image_scores, labels, classes, names, copy=False)
-    else:
-        acc = Accumulator(engine)
-        for batch in maps:
-            if not isinstance(batch, (tuple, list)):
-                raise UsageError("metrics.evaluate: give maps, masks, image_scores, labels, classes or batches of them")
-            acc.update(*batch)
+        return acc.compute()
+    acc = Accumulator(engine)
+    for batch in maps:
+        if not isinstance(batch, (tuple, list)):
+            raise UsageError("metrics.evaluate: give maps, masks, image_scores, labels, classes "
+                             "or batches of them")
+        acc.update(*batch)
     return acc.compute()
 
 
@@ -518,96 +431,134 @@ def reduce(acc):
     ranks its own pixels among all positives, and the counts are added up. Bounded engine: they agree on the bins and
     add up the histograms. If the processes' pixels together are too many for "auto", all become bounded.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return acc.compute()
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-
-    def gather(thing):
-        things = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(things, thing)
-        return things
-
-    def total(array):
-        tensor = torch.from_numpy(array).to(device)     # on the CPU it shares memory: the array itself is added up
-        torch.distributed.all_reduce(tensor)
-        return tensor.cpu().numpy()
-
-    return _report(acc, gather, total)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return _report(acc, _Group())
+    return acc.compute()
 
 
-# --------------------------------------------------------------------------------------------------------- the report
-def _report(acc, gather, total):
-    """gather(thing) -> the things of all processes; total(array) -> their sum."""
-    states = gather((acc.histogram is not None, acc.engine == "exact", acc.pixels))
-    if any(bounded for bounded, _, _ in states) or (not all(exact for _, exact, _ in states)
-                                                    and sum(pixels for _, _, pixels in states) > EXACT_PIXELS):
-        acc._choose_engine(force=True)
+# ------------------------------------------------------------------------------------------------ the report
+
+
+def _report(acc, group):
+    """The report of `evaluate` over the processes of a group (`_Alone`, `_Group`)."""
+    _agree_on_engine(acc, group)
     bounded = acc.histogram is not None
-
-    parts = gather({name: (c.scores, c.labels, c.regions) for name, c in acc.classes.items()})
-    names = sorted({name for part in parts for name in part})
+    scores, labels, regions = _image_scores(acc, group)
+    names = sorted(scores)
     if not names:
         raise UsageError("metrics: there are no images to evaluate")
-    scores, labels, regions = {}, {}, {}
-    for name in names:
-        mine = [part[name] for part in parts if name in part]
-        scores[name] = np.array([s for part in mine for s in part[0]], np.float64)
-        labels[name] = np.array([y for part in mine for y in part[1]], bool)
-        regions[name] = sum(part[2] for part in mine)
 
-    views, bounds = {}, {}
-    for name, pixels in (_histogram_bins if bounded else _ranked_bins)(acc, names, regions, gather, total):
+    values, bounds = {}, {}  # class -> {metric: number}; the pool of all classes is None
+    every_view = _histogram_bins if bounded else _ranked_bins
+    for name, pixels in every_view(acc, names, regions, group):
         members = names if name is None else [name]
-        images = _image_bins(np.concatenate([scores[n] for n in members]),
-                             np.concatenate([labels[n] for n in members]))
+        pool_scores = np.concatenate([scores[member] for member in members])
+        pool_labels = np.concatenate([labels[member] for member in members])
         title = "all classes mixed" if name is None else f"class {name!r}"
-        views[name], bounds[name] = _seven(title, images, pixels, exact=not bounded or acc.histogram.single_scores())
+        exact = not bounded or acc.histogram.single_scores()
+        images = _image_bins(pool_scores, pool_labels)
+        values[name], bounds[name] = _seven(title, images, pixels, exact)
 
-    def view(source):
-        return {"classes": {name: source[name] for name in names}, "mean": mean([source[name] for name in names]),
-                "mixed": source[None]}
-    report = view(views) | {"engine": "bounded" if bounded else "exact", "images": sum(s.size for s in scores.values())}
-    return report | {"error_bounds": view(bounds)} if bounded else report
+    report = _three_views(values, names)
+    report["engine"] = "bounded" if bounded else "exact"
+    report["images"] = sum(s.size for s in scores.values())
+    if bounded:
+        report["error_bounds"] = _three_views(bounds, names)
+    return report
 
 
-def _ranked_bins(acc, names, regions, gather, total):
+def _agree_on_engine(acc, group):
+    """All processes become bounded if one is, or if their pixels together are too many."""
+    states = group.gather((acc.histogram is not None, acc.engine == "exact", acc.pixels))
+    one_bounded = any(bounded for bounded, _, _ in states)
+    all_exact = all(exact for _, exact, _ in states)
+    too_many = sum(pixels for _, _, pixels in states) > EXACT_PIXELS
+    if one_bounded or (too_many and not all_exact):
+        acc._become_bounded()
+
+
+def _image_scores(acc, group):
+    """Of all processes, per class: image scores {class: (N,) float64}, labels {(N,) bool}, numbers of regions."""
+    scores, labels, regions = {}, {}, {}
+    mine = {name: (c.scores, c.labels, c.regions) for name, c in acc.classes.items()}
+    for part in group.gather(mine):
+        for name, (part_scores, part_labels, part_regions) in part.items():
+            scores.setdefault(name, []).extend(part_scores)
+            labels.setdefault(name, []).extend(part_labels)
+            regions[name] = regions.get(name, 0) + part_regions
+    scores = {name: np.array(values, np.float64) for name, values in scores.items()}
+    labels = {name: np.array(values, bool) for name, values in labels.items()}
+    return scores, labels, regions
+
+
+def _three_views(rows, names):
+    """rows: class -> {metric: value}, and None -> that of the pool. Returns the views of the module's docstring."""
+    classes = {name: rows[name] for name in names}
+    return {"classes": classes, "mean": mean(classes.values()), "mixed": rows[None]}
+
+
+def _ranked_bins(acc, names, regions, group):
     """Exact engine: yields (class, Bins) for every class, then (None, Bins of the pool of all classes).
 
     Bins are the distinct scores of positive pixels. One class after the other, so that the bins of only one are held.
     """
-    parts = gather({name: (c.positives, c.mass) for name, c in acc.classes.items()})
-    kinds = gather({a_map.dtype for c in acc.classes.values() for a_map in c.maps})
-    dtype = np.float64 if any(np.dtype(np.float64) in kind for kind in kinds) else np.float32   # float16: exact in it
+    parts = group.gather({name: (c.positives, c.mass) for name, c in acc.classes.items()})
+    dtype = _common_dtype(acc, group)
     keys, mass = {}, {}
     for name in names:
-        mine = [part[name] for part in parts if name in part]
-        keys[name] = np.concatenate([_keys(np.zeros(0), dtype), *(_keys(p, dtype) for part in mine for p in part[0])])
-        mass[name] = np.concatenate([np.zeros(0), *(m for part in mine for m in part[1])])
-    distinct = np.sort(np.concatenate(list(keys.values())))
-    distinct = distinct[np.append(True, distinct[1:] != distinct[:-1])[:distinct.size]]
-    ranker, size = Ranker(distinct), 2 * distinct.size + 1                # a gap, a score, a gap, a score, ... a gap
+        key_arrays, mass_arrays = [keys_of(np.zeros(0), dtype)], [np.zeros(0)]
+        for part in parts:
+            part_positives, part_mass = part.get(name, ([], []))
+            key_arrays += [keys_of(p, dtype) for p in part_positives]
+            mass_arrays += part_mass
+        keys[name] = np.concatenate(key_arrays)
+        mass[name] = np.concatenate(mass_arrays)
+    ascending = np.sort(np.concatenate(list(keys.values())))
+    first_of_equals = np.append(True, ascending[1:] != ascending[:-1])[: ascending.size]
+    distinct = ascending[first_of_equals]
+    ranker = Ranker(distinct)
+    size = 2 * distinct.size + 1  # a gap, a score, a gap, a score, ... a gap
     pool = [np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size)]
     for name in names:
-        counts = np.zeros(size, np.int64)
-        for a_map in acc.classes[name].maps if name in acc.classes else []:
-            flat = a_map.reshape(-1)
-            for i in range(0, flat.size, 2 ** 16):                        # pieces that stay in the processor's cache
-                np.add.at(counts, ranker.codes(_keys(flat[i:i + 2 ** 16], dtype)), 1)
+        everything = np.zeros(size, np.int64)
+        if name in acc.classes:
+            _count(acc.classes[name].maps, ranker, dtype, everything)
+        everything = group.total(everything)
         code = ranker.codes(keys[name])
-        rows = (total(counts), np.bincount(code, minlength=size), np.bincount(code, mass[name], minlength=size))
-        for row, pooled in zip(rows, pool):
+        positives = np.bincount(code, minlength=size)
+        weight = np.bincount(code, mass[name], minlength=size)
+        for pooled, row in zip(pool, (everything, positives, weight)):
             pooled += row
-        yield name, _bins(*rows, regions[name])
+        yield name, _bins(everything, positives, weight, regions[name])
     yield None, _bins(*pool, sum(regions.values()))
 
 
-def _histogram_bins(acc, names, regions, gather, total):
+def _common_dtype(acc, group):
+    """The float type in which scores are compared: float64 if any map of any process is; float16 is exact in float32."""
+    mine = {a_map.dtype for c in acc.classes.values() for a_map in c.maps}
+    kinds = set().union(*group.gather(mine))
+    return np.float64 if np.dtype(np.float64) in kinds else np.float32
+
+
+def _count(maps, ranker, dtype, everything):
+    """Add every pixel of the maps to its place in `everything` (2K + 1,)."""
+    for a_map in maps:
+        flat = a_map.reshape(-1)  # (H, W) -> (H * W,)
+        for i in range(0, flat.size, PIECE):
+            keys = keys_of(flat[i : i + PIECE], dtype)
+            np.add.at(everything, ranker.codes(keys), 1)
+
+
+def _histogram_bins(acc, names, regions, group):
     """Bounded engine: yields the same as `_ranked_bins`. Bins are intervals of scores."""
-    acc.histogram.align(gather)
+    acc.histogram.align(group.gather)
     pool = None
     for name in names:
-        rows = [total(row) for row in acc.histogram.ascending(name)]
-        pool = rows if pool is None else [a + b for a, b in zip(pool, rows)]
+        rows = [group.total(row) for row in acc.histogram.ascending(name)]
+        if pool is None:
+            pool = rows
+        else:
+            pool = [pooled + row for pooled, row in zip(pool, rows)]
         yield name, _bins(*rows, regions[name])
     yield None, _bins(*pool, sum(regions.values()))
 
@@ -620,67 +571,97 @@ def _seven(title, images, pixels, exact):
     pixel by pixel. The rest (integers, then numpy's pairwise sums over the bins) stays far below ROUNDING.
     """
     value, bound = dict.fromkeys(METRICS), dict.fromkeys(METRICS)
-    rounding = ROUNDING + float(pixels.positives.sum()) * 2.0 ** -53
-    for keys, b, unit in (IMAGE_METRICS, images, "image"), (PIXEL_METRICS, pixels, "pixel"):
-        if not b.positives.size or not b.negatives:
-            what = "no defective" if not b.positives.size else "no good"
-            warnings.warn(f"{title}: {', '.join(keys)} and mad are undefined (there is {what} {unit}): None",
-                          stacklevel=5)
-        elif unit == "pixel" and not exact:
-            for key, low, high in zip(keys, *_intervals(b)):
-                value[key], bound[key] = (low + high) / 2, (high - low) / 2 + rounding
+    if _defined(title, images, IMAGE_METRICS, "image"):
+        for key, v in zip(IMAGE_METRICS, _values(images)):  # the fourth, AUPRO, is for pixels only
+            value[key], bound[key] = v, 0.0
+    if _defined(title, pixels, PIXEL_METRICS, "pixel"):
+        rounding = ROUNDING + float(pixels.positives.sum()) * 2.0**-53
+        if exact:
+            low = high = _values(pixels)
         else:
-            for key, v in zip(keys, _values(b)):                          # four values; AUPRO is for pixels only
-                value[key], bound[key] = v, rounding if unit == "pixel" else 0.0
-    seven = METRICS[:-1]
-    if all(value[key] is not None for key in seven):
-        value["mad"], bound["mad"] = (sum(d[key] for key in seven) / len(seven) for d in (value, bound))
+            low, high = intervals(pixels, FPR_LIMIT * pixels.negatives)
+        for key, least, most in zip(PIXEL_METRICS, low, high):
+            value[key] = (least + most) / 2
+            bound[key] = (most - least) / 2 + rounding
+    if None not in [value[key] for key in SEVEN]:
+        value["mad"] = sum(value[key] for key in SEVEN) / len(SEVEN)
+        bound["mad"] = sum(bound[key] for key in SEVEN) / len(SEVEN)
     return value, bound
+
+
+def _defined(title, b, keys, unit):
+    """Whether there are positives and negatives; otherwise a warning names class and metrics."""
+    if b.positives.size and b.negatives:
+        return True
+    lacking = "good" if b.positives.size else "defective"
+    warnings.warn(f"{title}: {', '.join(keys)} and mad are undefined (there is no {lacking} {unit}): None",
+                  stacklevel=6)
+    return False
 
 
 def mean(rows):
     """Average of each metric over the classes in which it is defined; None if there is none."""
-    columns = {key: [row[key] for row in rows if row[key] is not None] for key in METRICS}
-    return {key: sum(column) / len(column) if column else None for key, column in columns.items()}
+    average = dict.fromkeys(METRICS)
+    for key in METRICS:
+        column = [row[key] for row in rows if row[key] is not None]
+        if column:
+            average[key] = sum(column) / len(column)
+    return average
 
 
-# ---------------------------------------------------------------------------------------------------------- the input
+# ------------------------------------------------------------------------------------------------- the input
+
+
 def _numpy(x):
     """Array, tensor of any device or sequence of them -> numpy array; bfloat16, unknown to numpy, becomes float32."""
     if isinstance(x, torch.Tensor):
         x = x.detach()
-        return (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy()
+        if x.dtype == torch.bfloat16:
+            x = x.float()
+        return x.cpu().numpy()
     if isinstance(x, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in x):
         return np.asarray([_numpy(item) for item in x])
     return np.asarray(x)
 
 
+def _arrays(stack):
+    """A stack of images as one array (N, H, W), or, if given one by one, as a list of arrays (H, W)."""
+    if isinstance(stack, (list, tuple)):
+        return [_numpy(x) for x in stack]
+    return _numpy(stack)
+
+
 def _check(maps, masks, image_scores, labels, classes, names):
     """The arguments of `Accumulator.update` as numpy arrays (or lists of them), or UsageError naming the image."""
-    maps, masks = ([_numpy(x) for x in stack] if isinstance(stack, (list, tuple)) else _numpy(stack)
-                   for stack in (maps, masks))
+    maps, masks = _arrays(maps), _arrays(masks)
     scores, labels = _numpy(image_scores), _numpy(labels)
-    n = len(maps)
-    for what, given in (("masks", masks), ("image_scores", scores), ("labels", labels), ("classes", classes),
-                        ("names", range(n) if names is None else names)):
-        several = np.iterable(given) and not isinstance(given, str)       # "bottle" is one class, not six
-        if not several or len(given) != n:
-            raise UsageError(f"metrics: {n} maps but {len(given) if several else 'no list of'} {what}: "
-                             "give one per image")
+    lists = {"masks": masks, "image_scores": scores, "labels": labels, "classes": classes}
+    if names is not None:
+        lists["names"] = names
+    for what, given in lists.items():
+        several = np.iterable(given) and not isinstance(given, str)  # "bottle" is one class, not six
+        number = len(given) if several else "no list of"
+        if number != len(maps):
+            raise UsageError(f"metrics: {len(maps)} maps but {number} {what}: give one per image")
     classes = [c.item() if isinstance(c, torch.Tensor) else c for c in classes]
-
-    def refuse(i, why):
-        image = f"image {i} of the batch" if names is None else f"image {names[i]}"
-        raise UsageError(f"metrics: {image} (class {classes[i]}): {why}")
-    for i in range(n):
-        if np.ndim(maps[i]) != 2 or np.shape(maps[i]) != np.shape(masks[i]):
-            refuse(i, f"map of shape {np.shape(maps[i])} and mask of shape {np.shape(masks[i])}: both must be (H, W)")
-        if maps[i].dtype not in (np.float16, np.float32, np.float64):
-            refuse(i, f"map of dtype {maps[i].dtype}: give float16, bfloat16, float32 or float64")
-        if not np.isfinite(maps[i]).all():
-            refuse(i, "the map holds NaN or infinite scores")
-        if not isinstance(scores[i], Real) or not np.isfinite(scores[i]):
-            refuse(i, f"the image score {scores[i]} is not a finite number")
-        if labels[i] not in (0, 1):
-            refuse(i, f"the label {labels[i]} is neither 0 (good) nor 1 (defective)")
+    for i in range(len(maps)):
+        fault = _fault(maps[i], masks[i], scores[i], labels[i])
+        if fault:
+            image = f"image {i} of the batch" if names is None else f"image {names[i]}"
+            raise UsageError(f"metrics: {image} (class {classes[i]}): {fault}")
     return maps, masks, scores.astype(np.float64), labels.astype(bool), classes
+
+
+def _fault(a_map, mask, score, label):
+    """What is wrong with the input of one image; "" if nothing."""
+    if np.ndim(a_map) != 2 or np.shape(a_map) != np.shape(mask):
+        return f"map of shape {np.shape(a_map)} and mask of shape {np.shape(mask)}: both must be (H, W)"
+    if a_map.dtype not in (np.float16, np.float32, np.float64):
+        return f"map of dtype {a_map.dtype}: give float16, bfloat16, float32 or float64"
+    if not np.isfinite(a_map).all():
+        return "the map holds NaN or infinite scores"
+    if not isinstance(score, Real) or not np.isfinite(score):
+        return f"the image score {score} is not a finite number"
+    if label not in (0, 1):
+        return f"the label {label} is neither 0 (good) nor 1 (defective)"
+    return ""

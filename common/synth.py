@@ -19,6 +19,7 @@ are signed distances (negative inside), which `cover` turns into smooth edges.
     python -m common.synth --out data/synth --train 40 --test-good 10 --test-bad 15 --size 256
 """
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -780,7 +781,12 @@ def save(task):
 
 def leave_with_parent():
     """End this drawing process when the main process is killed; otherwise it would wait for work for ever."""
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def draw(folder, train=40, test_good=10, test_bad=15, size=256, seed=0, progress=True):
@@ -793,40 +799,66 @@ def draw(folder, train=40, test_good=10, test_bad=15, size=256, seed=0, progress
     """
     folder = Path(folder)
     wanted = dict(train=train, test_good=test_good, test_bad=test_bad, size=size, seed=seed)
-    for name, least in dict(train=1, test_good=0, test_bad=0, size=64, seed=0).items():
-        if not isinstance(wanted[name], int) or wanted[name] < least:
-            raise UsageError(f"--{name.replace('_', '-')} is {wanted[name]!r}, but must be a whole number >= {least}")
-    tasks = [(cls, split, index) for cls in CLASSES for split, count in zip(SPLITS, (train, test_good, test_bad))
-             for index in range(count)]
+    check(wanted)
+    tasks = pictures(train, test_good, test_bad)
     if found(folder, wanted, tasks):
         return folder
-    work = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(f".{folder.name}-drawing-*"):  # of a drawing that was killed
-            if time.time() - left.stat().st_mtime > 600:
-                shutil.rmtree(left, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-drawing-", dir=folder.parent))
-        work.chmod(0o755)  # mkdtemp makes it private
-        # Forked processes start at once and need no importable main module; elsewhere than on Linux fork is unsafe.
-        start = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        with ProcessPoolExecutor(min(2, os.cpu_count() or 1), start, leave_with_parent) as pool:
-            done = pool.map(save, [(work, *task, seed, size) for task in tasks], chunksize=4)
-            for _ in tqdm(done, f"drawing {folder}", len(tasks), disable=None if progress else True, unit="picture"):
-                os.utime(work)  # a sign of life, see above
-        (work / MARKER).write_text(json.dumps(dict(version=VERSION, **wanted)))
-        if not found(folder, wanted, tasks):  # unless another process was faster
-            if folder.exists():
-                shutil.rmtree(folder)
-            work.rename(folder)
+        with workplace(folder) as work:
+            draw_all(work, tasks, seed, size, f"drawing {folder}", progress)
+            marker = dict(version=VERSION, **wanted)
+            (work / MARKER).write_text(json.dumps(marker))
+            if not found(folder, wanted, tasks):  # unless another process was faster
+                if folder.exists():
+                    shutil.rmtree(folder)
+                work.rename(folder)
     except (OSError, BrokenProcessPool) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"cannot draw the embedded data into {folder}: {reason}; "
                          "free some space or name another folder") from error
-    finally:
-        if work and work.exists():
-            shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def check(wanted):
+    """Raise UsageError for a parameter of `draw` that is no whole number or too small."""
+    smallest = dict(train=1, test_good=0, test_bad=0, size=64, seed=0)
+    for name, least in smallest.items():
+        if not isinstance(wanted[name], int) or wanted[name] < least:
+            option = "--" + name.replace("_", "-")
+            raise UsageError(f"{option} is {wanted[name]!r}, but must be a whole number >= {least}")
+
+
+def pictures(train, test_good, test_bad):
+    """Every picture of the set: a list of (class, split, index)."""
+    counts = dict(zip(SPLITS, (train, test_good, test_bad)))
+    return [(cls, split, index) for cls in CLASSES for split in SPLITS for index in range(counts[split])]
+
+
+@contextlib.contextmanager
+def workplace(folder):
+    """A temporary folder beside `folder`, gone at the end unless it was renamed; those of killed drawings go too."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{folder.name}-drawing-*"):
+        if time.time() - left.stat().st_mtime > 600:  # `draw_all` shows a sign of life at every picture
+            shutil.rmtree(left, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-drawing-", dir=folder.parent))
+    try:
+        work.chmod(0o755)  # mkdtemp makes it private
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def draw_all(work, tasks, seed, size, title, progress):
+    """Draw the pictures of all tasks into the folder `work`, in two processes."""
+    # Forked processes start at once and need no importable main module; elsewhere than on Linux fork is unsafe.
+    start = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    processes = min(2, os.cpu_count() or 1)
+    with ProcessPoolExecutor(processes, start, leave_with_parent) as pool:
+        done = pool.map(save, [(work, *task, seed, size) for task in tasks], chunksize=4)
+        silent = None if progress else True  # None: silent when stderr is no terminal
+        for _ in tqdm(done, title, len(tasks), disable=silent, unit="picture"):
+            os.utime(work)
 
 
 def found(folder, wanted, tasks):
@@ -840,11 +872,18 @@ def found(folder, wanted, tasks):
         raise UsageError(f"{folder} is not a drawing of the embedded data (no valid {MARKER} in it): "
                          "delete it or name another folder") from None
     if marker != wanted:
-        other = [k for k in wanted if marker.get(k) != wanted[k]]
-        there, asked = (", ".join(f"{k}={parameters.get(k)}" for k in other) for parameters in (marker, wanted))
-        raise UsageError(f"{folder} holds a drawing with {there}, but {asked} was asked for: delete it or name another "
-                         "folder")
-    return version == VERSION and all((folder / name).is_file() for task in tasks for name in files(*task) if name)
+        other = [name for name in wanted if marker.get(name) != wanted[name]]
+        there = ", ".join(f"{name}={marker.get(name)}" for name in other)
+        asked = ", ".join(f"{name}={wanted[name]}" for name in other)
+        raise UsageError(f"{folder} holds a drawing with {there}, but {asked} was asked for: "
+                         "delete it or name another folder")
+    if version != VERSION:
+        return False
+    for task in tasks:
+        for name in files(*task):
+            if name and not (folder / name).is_file():
+                return False
+    return True
 
 
 def ensure(root, **parameters):

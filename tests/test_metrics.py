@@ -20,7 +20,9 @@ from scipy import ndimage
 from skimage.measure import label as label_regions, regionprops
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
+import common.bounded
 from common import UsageError, metrics
+from common.bounded import intervals, keys_of
 
 
 # ------------------------------------------------------------------------------------------------- slow references
@@ -195,7 +197,7 @@ def test_equal_to_scikit_learn_and_to_the_literal_aupro(kind):
         report = quiet(maps, masks, scores, labels, classes)
         assert report["engine"] == "exact" and report["images"] == len(maps)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(metrics, "PAGES", 2 + seed % 8)
+            patch.setattr("common.bounded.PAGES", 2 + seed % 8)
             bounded = quiet(maps, masks, scores, labels, classes, engine="bounded")
         for name in [*np.unique(classes), None]:
             chosen = np.ones(len(maps), bool) if name is None else classes == name
@@ -259,8 +261,8 @@ def test_keys_are_in_the_order_of_the_floats():
     for dtype in np.float32, np.float64:
         tiny, above_one = np.finfo(dtype).smallest_subnormal, np.nextafter(dtype(1), dtype(2))
         x = np.array([-np.finfo(dtype).max, -2, -1, -tiny, -0.0, 0.0, tiny, 1, above_one, 2e30], dtype)
-        assert list(np.diff(metrics._keys(x, dtype)) > 0) == [True, True, True, True, False, True, True, True, True]
-        assert metrics._keys(x, dtype)[4] == metrics._keys(x, dtype)[5]
+        assert list(np.diff(keys_of(x, dtype)) > 0) == [True, True, True, True, False, True, True, True, True]
+        assert keys_of(x, dtype)[4] == keys_of(x, dtype)[5]
 
 
 # --------------------------------------------------------------------------------- the same, however the data arrive
@@ -329,7 +331,7 @@ def test_float_dtypes(dtype):
 @pytest.mark.parametrize("engine", ["exact", "bounded", "auto"])
 def test_merging_is_associative_commutative_and_survives_pickling(engine, monkeypatch):
     """(a + b) + c = a + (b + c) = c + a + b = all at once; "auto" turns bounded on the way, wherever that happens."""
-    monkeypatch.setattr(metrics, "PAGES", 16)
+    monkeypatch.setattr("common.bounded.PAGES", 16)
     monkeypatch.setattr(metrics, "EXACT_PIXELS", 30 * 32 * 32)
     maps, masks, scores, labels = synthetic(40, 32)
     maps[:9] *= 1e-3                                                      # other octaves in some parts than in others
@@ -463,7 +465,8 @@ def test_intervals_are_the_extremes_of_all_orders():
         distinct, where = np.unique(scores, return_inverse=True)
         positives = np.bincount(where, labels).astype(int)
         return metrics._bins(np.bincount(where), positives, positives / 4.0, 1)
-    low, high = metrics._intervals(bins(np.array([9, 8, 5, 5, 5, 5, 2, 1, 0])))
+    crowded = bins(np.array([9, 8, 5, 5, 5, 5, 2, 1, 0]))
+    low, high = intervals(crowded, metrics.FPR_LIMIT * crowded.negatives)
     seen = np.array([metrics._values(bins(np.concatenate([[9, 8], rng.integers(4, 8, 4), [2, 1, 0]])))
                      for _ in range(2000)])
     assert np.all(seen >= np.array(low) - 1e-12) and np.all(seen <= np.array(high) + 1e-12)
@@ -494,7 +497,8 @@ def test_bounded_memory_does_not_grow_with_the_number_of_images():
 def _process(rank, folder, engine):
     """One of two processes: rank 0 has no image of class c, rank 1 none of class a."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store-{engine}", rank=rank, world_size=2)
-    metrics.PAGES, metrics.EXACT_PIXELS = 16, 35 * 32 * 32
+    common.bounded.PAGES = 16
+    metrics.EXACT_PIXELS = 35 * 32 * 32
     maps, masks, scores, labels, classes = _shared_data()
     mine = slice(0, 18) if rank == 0 else slice(18, 30)
     maps = maps if rank else maps.astype(np.float32)                      # rank 0 too must compare in float64
@@ -522,7 +526,7 @@ def _shared_data():
 def test_reduce_over_two_processes(tmp_path, monkeypatch):
     """Two gloo processes report, each, what one process with all images reports; "auto" counts the pixels of both."""
     torch.multiprocessing.spawn(_processes, (str(tmp_path),), nprocs=2)
-    monkeypatch.setattr(metrics, "PAGES", 16)
+    monkeypatch.setattr("common.bounded.PAGES", 16)
     monkeypatch.setattr(metrics, "EXACT_PIXELS", 35 * 32 * 32)
     for engine, used in ("exact", "exact"), ("bounded", "bounded"), ("auto", "bounded"):
         expected = metrics.evaluate(*_shared_data(), engine=engine)
