@@ -106,13 +106,38 @@ def _unsupported(teachers, students):
     return None
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The formula: what every other path is held to
+# --------------------------------------------------------------------------------------------------
+
+
+def cosine_map_formula(teachers, students, size, reduce="sum"):
+    """The definition of the map, as reverse distillation's code computes it; arguments as for `cosine_map`."""
+    maps = []
+    for t, s in zip(teachers, students):  # (B, C, h, w)
+        d = 1 - F.cosine_similarity(t, s, dim=1, eps=EPS).unsqueeze(1)  # (B, 1, h, w)
+        maps.append(F.interpolate(d, size=size, mode="bilinear", align_corners=True).squeeze(1))
+    total = torch.stack(maps).sum(dim=0)  # (S, B, H, W) -> (B, H, W)
+    return total / len(maps) if reduce == "mean" else total
+
+
+def cosine_loss_formula(teachers, students, flat=True):
+    """The definition of the loss; arguments as for `cosine_loss`."""
+    total = 0.0
+    for t, s in zip(teachers, students):  # (B, C, h, w)
+        if flat:
+            t, s = t.flatten(1), s.flatten(1)  # (B, C, h, w) -> (B, C h w)
+        total = total + (1 - F.cosine_similarity(t, s, dim=1, eps=EPS)).mean()
+    return total
+
+
+# --------------------------------------------------------------------------------------------------
 # Step 1: moments. The only step that touches the features.
 # --------------------------------------------------------------------------------------------------------------------
 
 
 class _Moments(torch.autograd.Function):
-    """(on_triton, S, *teachers, *students) -> (3, B, L): t.t', t.s and s.s per location, all scales side by side."""
+    """(on_triton, S, *teachers, *students) -> (3, B, L): t.s, t.t and s.s per location, all scales side by side."""
 
     @staticmethod
     def forward(ctx, on_triton, n_scales, *features):

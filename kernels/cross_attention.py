@@ -101,29 +101,61 @@ def _check(q, k, v, window, dropout_p):
             )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Plain PyTorch: the specification of the kernels, and the path taken on CPUs
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The formula: what every other path is held to
+# --------------------------------------------------------------------------------------------------
+
+
+def attention_formula(q, k, v, scale, forbidden=None):
+    """The definition of attention, in five lines. q (B, H, N, D), k and v (B, H, M, D) -> (B, H, N, D).
+
+    forbidden: (N, M) bool, True where a query may not attend to a key; a query without any key yields zeros.
+    """
+    scores = scale * q @ k.transpose(-2, -1)  # (B, H, N, M)
+    if forbidden is not None:
+        scores = scores.masked_fill(forbidden, -math.inf)
+    weights = scores.softmax(dim=-1).nan_to_num(0.0)  # a row of -inf alone would be 0 / 0
+    return weights @ v
+
+
+def neighbours(height, width, radius):
+    """The neighbour mask of UniAD and OneNIP: (N, N) bool, True where two cells of a height x width grid are at most
+    `radius` rows and `radius` columns apart."""
+    cell = torch.arange(height * width)
+    row, column = cell // width, cell % width
+    rows_apart = (row[:, None] - row).abs()  # (N, N)
+    columns_apart = (column[:, None] - column).abs()  # (N, N)
+    return (rows_apart <= radius) & (columns_apart <= radius)
+
+
+# --------------------------------------------------------------------------------------------------
+# The PyTorch path, taken on CPUs
+# --------------------------------------------------------------------------------------------------
 
 
 def cross_attention_torch(q, k, v, scale, window=None, dropout_p=0.0, seed=None):
     """`cross_attention` in plain PyTorch; same arguments, already checked."""
-    bias, empty = (None, None) if window is None else _window_bias(*window, q.dtype, q.device)  # (N, N), (N, 1) | None
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    if dropout_p == 0 and not (half and q.device.type == "cpu"):
-        # the same result as the five lines below, in one fused call: on CPUs it is faster in fp32 and fp64,
-        # and slower in half precision
+    bias, empty = None, None
+    if window is not None:
+        bias, empty = _window_bias(*window, q.dtype, q.device)  # (N, N), (N, 1) | None
+    on_cpu = q.device.type == "cpu"
+    if dropout_p == 0 and not (on_cpu and q.dtype == torch.bfloat16):
+        # one fused call: on CPUs it is faster in fp32 and fp64, and slower in bf16
         batch = max(q.shape[0], k.shape[0])
         q, k, v = (t.expand(batch, -1, -1, -1) for t in (q, k, v))
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     else:
+        dtype = q.dtype
+        if dtype == torch.float16:  # its scores end at 65,504
+            q, k, v = q.float(), k.float(), v.float()
         scores = (q * scale) @ k.transpose(-2, -1)  # (B, H, N, M)
         if bias is not None:
             scores = scores.add_(bias)
         weights = scores.softmax(dim=-1)
         if dropout_p > 0:
             weights = weights * _dropout_keep(weights.shape, dropout_p, seed, q.device)
-        o = weights @ v / (1 - dropout_p)  # (B, H, N, D); dividing here, not the N x M weights, gives the same
+        # dividing the output here, not the N x M weights, gives the same
+        o = (weights @ v / (1 - dropout_p)).to(dtype)  # (B, H, N, D)
     return o if empty is None else o.masked_fill(empty, 0.0)
 
 
@@ -134,12 +166,14 @@ def _window_bias(height, width, radius, dtype, device):
     Also the rows without any key left, (N, 1) bool, or None if there are none: their softmax would be 0 / 0, so
     their biases are 0 here and their output is set to 0 afterwards.
     """
-    cell = torch.arange(height * width, device=device)
-    row, column = cell // width, cell % width
-    near = ((row[:, None] - row).abs() <= radius) & ((column[:, None] - column).abs() <= radius)  # (N, N)
-    empty = near.all(dim=1, keepdim=True)  # (N, 1)
-    bias = torch.zeros(near.shape, dtype=dtype, device=device).masked_fill(near & ~empty, -math.inf)
-    return bias, empty if bool(empty.any()) else None
+    with torch.inference_mode(False):  # cached: what a test run made must serve a training run too
+        forbidden = neighbours(height, width, radius).to(device)  # (N, N)
+        bias = torch.zeros(forbidden.shape, dtype=dtype, device=device)
+        # the cell in the middle has the nearest farthest cell: it is the first to lose all its keys
+        if radius < max(height // 2, width // 2):
+            return bias.masked_fill(forbidden, -math.inf), None
+        empty = forbidden.all(dim=1, keepdim=True)  # (N, 1)
+        return bias.masked_fill(forbidden & ~empty, -math.inf), empty
 
 
 def _dropout_keep(shape, dropout_p, seed, device):
