@@ -6,7 +6,8 @@ and class:
     paper, table     onenip, omniad, roads or cada; its table's number there (4a: part a of Table 4)
     row              method or variant
     options          what makes our script this row: words of its command line on top of its paper
-                     preset. default: none needed; empty: our script cannot be this row
+                     preset. default: none needed; empty: our script cannot be this row. What a
+                     table varies and the laptop preset has otherwise is named in all of its rows
     data, size       as for --data, joined sets in alphabetical order; pixels, empty if not said
     condition        clean; brightness:3 and so on, as for --corrupt; ood: the mean of these four
     class            a class; mean: of all classes; mean mvtec: of one of several joined data sets;
@@ -17,7 +18,7 @@ and class:
     note             where the paper contradicts itself, or what one must know to compare
 
 A number stands beside a run only if the run has the options of the number's row, and has all other
-options that decide the result as in the paper.
+options that decide the result as in the paper, or as in its authors' code (`OF_THE_CODE`).
 """
 
 import csv
@@ -25,8 +26,6 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-
-from common import corruptions
 
 TITLES = {
     "onenip": "OneNIP (ECCV 2024)",
@@ -80,6 +79,19 @@ GROUPS = ("model", "training", "scoring", "ablations", "calibration")
 OF_THE_DATA = ("classes", "image_size", "mask_rule", "contaminate")
 PER_PROCESS = ("batch_size", "calibration_batch")
 WEIGHT_FILES = ("weights", "adapter_weights")  # a file is taken for the official one
+
+# Where paper and authors' code differ, the preset has one of the two, and a run with the other is
+# the published row as well: what {option: values} the preset does not have.
+OF_THE_CODE = {"onenip": {"score_scale": ("test", "none"), "prompt_class": ("given",)}}
+
+# Options of a row that ask something else of the same trained model: --eval of its checkpoint
+# answers. All others make another training.
+AT_EVALUATION = {
+    "onenip": ("alpha", "prompt_test"),
+    "omniad": (),
+    "roads": (),
+    "cada": ("calibrate", "regressor", "dropout", "statistic", "score"),
+}
 
 
 @dataclass(frozen=True)
@@ -182,7 +194,9 @@ def numbers(paper, args, preset, data, world=1):
             "notes"                list of lines
         Where several tables have a number, the first one counts.
     """
-    data = "+".join(sorted(data.split("+")))
+    from common import corruptions  # scipy, which nothing else here needs
+
+    data = by_name(data)
     condition = "{}:{}".format(*corruptions.parse(args.corrupt)) if args.corrupt else "clean"
     deciding = [*_names(args, GROUPS), *OF_THE_DATA]
     found, used = {}, []
@@ -246,21 +260,33 @@ def _is_row(line, args, preset, deciding, world=1):
             value *= world
         if name in WEIGHT_FILES and value != "random":
             continue
+        if name not in changed and value in OF_THE_CODE.get(line.paper, {}).get(name, ()):
+            continue
         if value != wanted:
             return False
     return True
 
 
+def by_name(data):
+    """The data sets joined by + in alphabetical order, as they are called in the tables."""
+    return "+".join(sorted(data.split("+")))
+
+
 def settings(words):
     """("--prompt", "none", "--no-refiner") -> {"prompt": "none", "refiner": False}."""
-    found, words = {}, iter(words)
+    return {name: value for name, value, _ in each_option(words)}
+
+
+def each_option(words):
+    """The options of a row, one by one: yields (name, value, the words that say it)."""
+    words = iter(words)
     for word in words:
         name = word.removeprefix("--").replace("-", "_")
         if name.startswith("no_"):
-            found[name.removeprefix("no_")] = False
+            yield name.removeprefix("no_"), False, (word,)
         else:
-            found[name] = next(words)
-    return found
+            value = next(words)
+            yield name, value, (word, value)
 
 
 def _part(found, cls):

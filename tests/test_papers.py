@@ -2,6 +2,7 @@
 options of our scripts, and that no number stands beside a run to which it does not belong."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -131,9 +132,11 @@ def test_ood_is_the_mean_of_the_four_shifts():
 
 def test_tables_agree():
     """A number that several tables print is the same in all of them, or a note says it is not."""
-    found = {}
+    resolved, found = functools.cache(args_of), {}
     for line in papers.lines():
-        method = line.row if line.options is None else line.options
+        method = line.row
+        if line.options is not None:  # --alpha 0.5 is the paper's preset as well
+            method = str(resolved(line.paper, line.options))
         for metric, value in line.values.items():
             key = line.paper, method, line.data, line.condition, line.cls, metric
             found.setdefault(key, []).append((value, line.note))
@@ -187,12 +190,42 @@ def test_rows_are_in_the_papers_order():
     tokens = [row.options for row in papers.rows("omniad", "IV")]
     assert tokens == [("--tokens", "16"), ("--tokens", "36"), (), ("--tokens", "100")]
     encoders = [row.options for row in papers.rows("omniad", "VII")]
-    assert encoders == [("--backbone", "resnet18"), (), None, None]
+    assert encoders == [("--backbone", "resnet18"), ("--backbone", "resnet34"), None, None]
     with pytest.raises(KeyError, match="OneNIP .* has no Table 7; it has 1, 2, 3, 4a"):
         papers.rows("onenip", "7")
 
 
 # --------------------------------------------------------------------------- which belong to a run
+
+
+@pytest.mark.parametrize("paper", papers.TABLES)
+def test_the_laptop_preset_changes_no_row_of_a_table(paper):
+    """What a table varies is the same in its rows with both presets: what a row leaves open has one
+    value in both, or the rows would be others on the embedded data."""
+    for table in papers.TABLES[paper]:
+        rows = [row for row in papers.rows(paper, table) if row.options is not None]
+        varied = set().union(*(papers.settings(row.options) for row in rows)) - {"base"}
+        for row in rows:
+            laptop = SCRIPTS[paper].PRESETS["laptop"]
+            if paper == "cada":
+                laptop = laptop[papers.settings(row.options).get("base", "revdist")]
+            of_paper = args_of(paper, row.options)
+            of_laptop = {**dataclasses.asdict(SCRIPTS[paper].Args()), **laptop}
+            for name in varied - papers.settings(row.options).keys():
+                assert of_laptop[name] == getattr(of_paper, name), (table, row.name, name)
+
+
+@pytest.mark.parametrize("paper", papers.TABLES)
+def test_at_evaluation_are_the_options_that_change_no_training(paper):
+    groups = {}
+    for field in dataclasses.fields(SCRIPTS[paper].Args):
+        groups[field.name] = field.metadata["group"]
+    used = set()
+    for line in papers.lines():
+        if line.paper == paper and line.options:
+            used |= papers.settings(line.options).keys()
+    asked = {name for name in used if groups[name] in ("scoring", "calibration")}
+    assert asked == set(papers.AT_EVALUATION[paper])
 
 
 def rows_of_ours():
@@ -253,6 +286,16 @@ def test_an_ablation_has_its_own_numbers():
     uniad = numbers("onenip", ("--prompt", "none", "--no-restoration", "--no-refiner"), "btad")
     assert uniad["classes"]["03"]["p_ap"] == 0.564
     assert "row repeated" in uniad["notes"][0]
+
+
+@pytest.mark.parametrize("words", [(), ("--no-refiner",), ("--alpha", "0.0"),
+                                   ("--prompt-test", "random")], ids=str)
+def test_the_authors_choices_are_the_papers_rows_too(words):
+    """The published numbers came from --score-scale test --prompt-class given; the preset leaves
+    the test images alone and knows no class. Both stand beside the same numbers."""
+    published = {"score_scale": "test", "prompt_class": "given"}
+    assert numbers("onenip", words) is not None
+    assert numbers("onenip", words, **published) == numbers("onenip", words)
 
 
 @pytest.mark.parametrize("change", [
