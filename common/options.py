@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import UsageError
-
-BENCHMARKS = ("mvtec", "visa", "btad", "realiad")
+from common.layouts import BENCHMARKS
 
 BACKBONES = (
     "resnet18",

@@ -75,10 +75,10 @@ def make_run(tmp_path, **more):
 def test_ranks_together_draw_what_one_process_draws(tmp_path):
     """torchrun: step by step, two ranks with batch 3 see the samples of one process with batch 6; a later start
     (resume) sees the same as the tail of the whole."""
-    one = list(make_run(tmp_path).positions(0, 4, 6))
-    two = [list(make_run(tmp_path, rank=r, world=2).positions(0, 4, 3)) for r in (0, 1)]
+    one = list(make_run(tmp_path).batch_indices(0, 4, 6))
+    two = [list(make_run(tmp_path, rank=r, world=2).batch_indices(0, 4, 3)) for r in (0, 1)]
     assert [a + b for a, b in zip(*two)] == one
-    assert list(make_run(tmp_path).positions(2, 4, 6)) == one[2:]
+    assert list(make_run(tmp_path).batch_indices(2, 4, 6)) == one[2:]
 
 
 def test_seed_depends_on_every_number_and_on_the_rank(tmp_path):
@@ -166,7 +166,11 @@ def test_bad_checkpoints_are_named(tmp_path):
     torch.save({"weights": torch.zeros(1)}, path)
     with pytest.raises(UsageError, match="not a checkpoint of these scripts"):
         runtime.load_checkpoint(path)
-    torch.save({"method": "roads", "args": {}, "model": torch.nn.Linear(2, 3).state_dict()}, path)
+    old = {"method": "roads", "args": {}, "model": torch.nn.Linear(2, 3).state_dict()}
+    torch.save(old, path)
+    with pytest.raises(UsageError, match="older version"):
+        runtime.load_checkpoint(path)
+    torch.save({**old, "finished": ["model"]}, path)
     with pytest.raises(UsageError, match="of roads.py, not of onenip.py"):
         runtime.load_checkpoint(path, "onenip")
     with pytest.raises(UsageError, match="does not fit") as error:
@@ -199,40 +203,140 @@ def test_precompute_keeps_within_its_share(tmp_path):
     assert runtime.precompute(make_run(tmp_path), function, images, 3, memory_share=0.0) is None
 
 
+class Loop:
+    """A training of one weight towards the images' numbers, with all that the ledger needs."""
+
+    def __init__(self, out, *words, images=5):
+        self.args = parse("--out", str(out), *words)
+        self.args.batch_size, self.args.schedule = 2, "cosine"
+        self.run = make_run(out)
+        self.run.open(self.args)
+        self.images = [torch.full((3, 2, 2), i, dtype=torch.uint8) for i in range(images)]
+        self.model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.ones_(self.model.weight)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+        self.job = runtime.Training(self.run, self.args, self.model, self.optimizer)
+
+    def train(self, steps, fails_at=None, nan_at=None):
+        """`steps` steps; ends with KeyboardInterrupt after step `fails_at`."""
+        frozen = runtime.Frozen(self.run, Means(), self.images, self.args)
+        dataset = runtime.Stream(self.images, 0, 2, frozen.needs_images)
+        for step, batch in self.job.batches(dataset, steps):
+            self.run.seed(0, step)
+            self.job.set_rate(step)
+            x = frozen(batch) + torch.rand(2, 1)
+            loss = (self.model(x) - 1).square().mean()
+            if step == nan_at:
+                loss = loss * torch.nan
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.job.record(loss, {"half": loss / 2})
+            if step == fails_at:
+                raise KeyboardInterrupt
+        return self.job.finish(more=1)
+
+
+class Means:
+    """A frozen network: the mean of an image."""
+
+    def __call__(self, images):
+        return images.float().mean((1, 2, 3))[:, None]  # (B, 1)
+
+    def split(self, rows):
+        return rows
+
+
+def lines_of(out):
+    return [json.loads(line) for line in open(out / "log.jsonl")]
+
+
 def test_what_a_training_loop_keeps(tmp_path):
-    """Log lines every --log-every steps and at the end, checkpoints every --checkpoint-every but not at the end; losses
-    are read, and the finite flag is looked at, only then: a NaN stops before anything of it is kept."""
-    run, args, read, saved = make_run(tmp_path), parse("--log-every", "4", "--checkpoint-every", "6"), [], []
-    run.save = lambda state: saved.append(state)
-    bad = torch.zeros((), dtype=torch.int32)
-    record = lambda: read.append(0) or {"loss": 1.0}
-    for done in range(1, 13):
-        run.keep(args, done, 12, bad, record, lambda: done)
-    lines = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
-    assert [line["step"] for line in lines] == [4, 8, 12] and len(read) == 3 and saved == [6]
-    run.keep(args, 3, 12, bad + 1, record, lambda: 3)
-    for done in (4, 6, 12):
-        with pytest.raises(UsageError, match=f"step {done}"):
-            run.keep(args, done, 12, bad + 1, record, lambda: done)
-    assert len(read) == 3 and saved == [6]
+    """Log lines every --log-every steps and at the end, checkpoints every --checkpoint-every; the last one, by finish,
+    says that the part is trained and holds what was given. Losses are averages over the ranks."""
+    loop = Loop(tmp_path, "--log-every", "4", "--checkpoint-every", "6")
+    saved, save = [], loop.run.save
+    loop.run.save = lambda state: (saved.append(state["step"]), save(state))
+    state = loop.train(13)
+    assert [line["step"] for line in lines_of(tmp_path)] == [4, 8, 12, 13] and saved == [6, 12, 13]
+    assert all(line["half"] == pytest.approx(line["loss"] / 2) for line in lines_of(tmp_path))
+    assert all(line["images_per_s"] > 0 and 0 <= line["lr"] <= 0.01 for line in lines_of(tmp_path))
+    assert state["finished"] == ["model"] and state["more"] == 1 and state["seconds"] > 0
+    assert runtime.load_checkpoint(tmp_path / "checkpoint.pt", "method")["step"] == 13
 
 
-def test_going_on_from_a_checkpoint(tmp_path):
-    """Weights, optimiser and time are those of the checkpoint, and the log ends where it was written."""
-    run, (model, other) = make_run(tmp_path), (torch.nn.Linear(2, 1) for _ in range(2))
-    optimizer, again = (torch.optim.SGD(m.parameters(), lr=lr) for m, lr in ((model, 0.5), (other, 0.1)))
-    for step in (1, 2, 3):
-        run.log({"step": step})
-    before = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 2, "seconds": 7.0}
-    assert run.restore(before, other, again) == (2, 7.0)
-    assert torch.equal(model.weight, other.weight) and again.param_groups[0]["lr"] == 0.5
-    assert [json.loads(line)["step"] for line in open(tmp_path / "log.jsonl")] == [1, 2]
-    torch.save({"method": "method", "args": {}, **before}, tmp_path / "checkpoint.pt")
-    assert run.checkpoint(parse("--out", str(tmp_path))) is None
-    (tmp_path / "args.json").write_text("{}")
-    assert run.checkpoint(parse("--out", str(tmp_path), "--resume"))["step"] == 2
-    assert run.restore(None, model, optimizer) == (0, 0.0) and (tmp_path / "log.jsonl").read_text() == ""
-    assert run.wrap(model) == (model, model)
+def test_nan_stops_before_anything_of_it_is_kept(tmp_path):
+    """The flag is looked at only where something is kept, and the checkpoint before it stays."""
+    loop = Loop(tmp_path, "--log-every", "4", "--checkpoint-every", "6")
+    with pytest.raises(UsageError, match="by step 8; the checkpoint before it is kept"):
+        loop.train(13, nan_at=6)
+    assert [line["step"] for line in lines_of(tmp_path)] == [4]
+    assert runtime.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 6
+
+
+@pytest.mark.parametrize("fails_at", [0, 5, 6, 12])
+def test_a_resumed_training_is_the_uninterrupted_one(fails_at, tmp_path):
+    """Weights, optimiser, learning rate, order of images and noise go on where the checkpoint was written; the log has
+    each line once. A finished training is not begun again."""
+    words = ("--log-every", "1", "--checkpoint-every", "3")
+    whole = Loop(tmp_path / "whole", *words).train(13)
+    with pytest.raises(KeyboardInterrupt):
+        Loop(tmp_path / "parts", *words).train(13, fails_at=fails_at)
+    loop = Loop(tmp_path / "parts", "--resume")
+    assert bool(loop.job.resumed) == (fails_at >= 2) and not loop.job.finished
+    state = loop.train(13)
+    assert torch.equal(state["model"]["weight"], whole["model"]["weight"])
+    a, b = ([(line["step"], line["loss"], line["lr"]) for line in lines_of(tmp_path / name)]
+            for name in ("whole", "parts"))
+    assert a == b
+    again = Loop(tmp_path / "parts", "--resume").job
+    assert again.finished and again.resumed["more"] == 1
+
+
+def test_a_second_stage_keeps_what_the_first_one_wrote(tmp_path):
+    """Steps are counted on, and the first part's weights stay in the checkpoint."""
+    first = Loop(tmp_path, "--log-every", "1")
+    state = first.train(3)
+    head = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    job = runtime.Training(first.run, first.args, head, optimizer, part="head", before=state, steps_before=3,
+                           schedule="constant", log_as={"stage": "two"})
+    assert job.resumed is None and not job.finished
+    for step, batch in job.batches(runtime.Stream(first.images, 0, 1, True), 2, batch_size=1):
+        job.set_rate(step)
+        assert batch["image"].shape == (1, 3, 2, 2)
+        job.record(head(torch.ones(1, 1)).sum(), {})
+    state = job.finish()
+    assert [(line["step"], line.get("stage")) for line in lines_of(tmp_path)][-2:] == [(4, "two"), (5, "two")]
+    assert state["finished"] == ["model", "head"] and "weight" in state["model"] and state["step"] == 5
+    assert runtime.Training(first.run, first.args, head, optimizer, part="head", before=state, steps_before=3).finished
+
+
+@pytest.mark.parametrize("share", ["0.5", "0"])
+def test_frozen_features_are_the_images_own(share, tmp_path):
+    """From memory or computed now, a batch's features are those of its images."""
+    loop = Loop(tmp_path, "--memory-share", share)
+    frozen = runtime.Frozen(loop.run, Means(), loop.images, loop.args)
+    assert frozen.needs_images == (share == "0")
+    dataset = runtime.Stream(loop.images, 0, 2, frozen.needs_images)
+    batch = torch.utils.data.default_collate([dataset[k] for k in range(2)])
+    assert ("image" in batch) == frozen.needs_images
+    assert frozen(batch)[:, 0].tolist() == batch["index"].tolist()
+
+
+def test_stream_drops_what_does_not_fill_a_step():
+    """Ten images, four a step: two steps an epoch, each image at most once; or none is dropped."""
+    stream = runtime.Stream(list(range(10)), 3, 4, True)
+    first, second = ([stream.index(k) for k in range(8 * e, 8 * e + 8)] for e in (0, 1))
+    assert len(set(first)) == len(set(second)) == 8 and first != second
+    assert stream.steps(1) == 2 and stream.steps(0.5) == 1 and stream[0] == {"index": first[0], "image": first[0]}
+    assert runtime.Stream(list(range(10)), 3, 16, False).per_epoch == 10, "fewer images than a step"
+
+    class Whole(runtime.Stream):
+        drop_incomplete = False
+
+    whole = Whole(list(range(10)), 3, 4, False)
+    assert whole.steps(1) == 3 and sorted(whole.index(k) for k in range(10)) == list(range(10))
 
 
 def test_a_finished_run_is_not_overwritten(tmp_path):
@@ -260,8 +364,8 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
 
 
 def test_learning_rate():
-    """Paper: x 0.1 (or another drop) after 80 %. Cosine: rises to the full rate within 5 %, then falls to nearly nothing.
-    Constant: neither."""
+    """Paper: x 0.1 (or another drop) after 80 %. Cosine: rises to the full rate within 5 %, then falls to nearly
+    nothing. Constant: neither."""
     assert runtime.lr_factor(79, 100, "step", 0.2) == 1.0 and runtime.lr_factor(80, 100, "step", 0.2) == 0.2
     assert {runtime.lr_factor(s, 100, "constant") for s in range(100)} == {1.0}
     assert [runtime.lr_factor(s, 100, "step") for s in (0, 79, 80, 99)] == [1.0, 1.0, 0.1, 0.1]
