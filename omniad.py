@@ -188,7 +188,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from common import UsageError, backbones, report, runtime
+from common import UsageError, backbones, papers, report, runtime
 from common.maps import gaussian, image_score, name_of_rule
 
 # ------------------------------------------------------------------------------------------- model
@@ -525,7 +525,7 @@ def main(method="omniad"):
         score,
         setting=setting_of(args, features, model, state),
         seconds=state["seconds"],
-        paper=paper_numbers(dataset, args),
+        paper=papers.numbers("omniad", args, PRESETS["paper"], dataset.name, run.world),
         pooled=score.pooled,
     )
 
@@ -608,21 +608,9 @@ def costs(args):
         parameters = sum(p.numel() for p in part.parameters())
         operations = sum(spent.get(m, 0) for m in part.modules())
         print(f"{name:<28}{parameters:>14,}{operations:>20,}")
-
-
-PAPER_MEANS = {  # Table I, 256 px, per cent: I-AUROC, I-AP, I-F1max, P-AUROC, P-AP, P-F1max, P-AUPRO, mAD
-    "mvtec": (99.0, 99.7, 98.3, 97.9, 56.8, 59.9, 93.4, 86.4),
-    "visa": (94.6, 95.0, 90.3, 98.8, 38.7, 43.3, 91.9, 78.9),
-    "realiad": (88.2, 86.5, 79.1, 98.8, 34.3, 39.7, 91.6, 74.0),
-}
-
-
-def paper_numbers(dataset, args):
-    """What the paper reports for this data (None where it reports nothing, or not for these classes or this size)."""
-    if dataset.name not in PAPER_MEANS or args.image_size != 256 or args.classes or args.corrupt:
-        return None
-    return {"source": "Omni-AD (ICME 2025), Table I; P-F1max and P-AUPRO from a few thresholds",
-            "mean": {name: value / 100 for name, value in zip(report.COLUMNS, PAPER_MEANS[dataset.name])}}
+    theirs = papers.costs("omniad", args, PRESETS["paper"])
+    if theirs:  # of the released code's model, departures 1 and 3
+        print(f"the paper: {theirs['params_m']} M parameters, {theirs['flops_g']} G multiply-adds")
 
 
 if __name__ == "__main__":

@@ -24,27 +24,27 @@ from tests.bench_metrics import resident
 CHANNELS = (64, 128, 256)  # ResNet-34
 
 
-def step(model, maps):
-    loss, _ = omniad.losses(model, maps)
+def step(model, maps, args):
+    loss, _ = omniad.losses(model, maps, model.scale, args)
     loss.backward()
     model.zero_grad(set_to_none=True)
 
 
-def cost(model, maps, device, repeat):
+def cost(model, maps, args, device, repeat):
     """(seconds, MiB or None) of one step."""
     cuda = device.type == "cuda"
     clock = time.perf_counter if cuda else time.process_time
     seconds = []
     for _ in range(repeat + 1):  # the first warms up
         start = clock()
-        step(model, maps)
+        step(model, maps, args)
         if cuda:
             torch.cuda.synchronize()
         seconds.append(clock() - start)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step(model, maps)
+        step(model, maps, args)
         return min(seconds[1:]), (torch.cuda.max_memory_allocated() - before) / 2**20
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
@@ -52,7 +52,7 @@ def cost(model, maps, device, repeat):
         library.malloc_trim(0)        # and what was freed before does so now; or they would be reused unseen
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = resident("VmRSS")
-        step(model, maps)
+        step(model, maps, args)
         memory = resident("VmHWM") - before
         library.mallopt(-3, 1 << 25)
         return min(seconds[1:]), memory
@@ -75,8 +75,9 @@ def main():
         maps = [torch.rand(args.batch_size, c, size // s, size // s, device=device) for c, s in zip(CHANNELS, (4, 8, 16))]
         for kind in ("q+kv", "none"):
             torch.manual_seed(0)
-            model = omniad.OmniAD(CHANNELS, omniad.Args(learnable=kind, depths=args.depths)).to(device).train()
-            found[kind] = cost(model, maps, device, args.repeat)
+            options = omniad.Args(learnable=kind, depths=args.depths)
+            model = omniad.OmniAD(CHANNELS, options).to(device).train()
+            found[kind] = cost(model, maps, options, device, args.repeat)
         (seconds, memory), (self_seconds, self_memory) = found["q+kv"], found["none"]
         cells = [size, f"{seconds:.3f}", f"{self_seconds:.3f}", f"{self_seconds / seconds:.2f}"]
         if memory is not None:

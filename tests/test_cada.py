@@ -19,7 +19,6 @@ import cada
 import contract
 import onenip
 from common import backbones, data, papers, runtime
-from common.maps import image_score
 
 CHANNELS, SIDES = (16, 24, 32), (16, 8, 4)  # of a small teacher at 64 px
 BASES = ("revdist", "recontrast", "uniad")
@@ -437,13 +436,6 @@ def test_statistic_score_is_the_image_score(smoothing, score, tmp_path):
     assert torch.equal(gamma, scorer.plain(None, samples)[1])
     torch.testing.assert_close(scorer(None, samples)[1], torch.ones(12), rtol=0, atol=0.15 if smoothing else 1e-5)
     assert [row.gamma for row in scorer.statistics_of(samples)] == gamma.tolist()
-
-
-@pytest.mark.parametrize("rule, count", [("max", 1), ("top0.1", 65), ("top1", 655), ("top2", 1310)])
-def test_image_scores(rule, count):
-    maps = torch.rand(2, 256, 256, generator=torch.Generator().manual_seed(0))
-    expected = np.sort(maps.numpy().reshape(2, -1))[:, -count:].mean(1)
-    np.testing.assert_allclose(image_score(maps, rule).numpy(), expected, rtol=1e-5)
 
 
 def test_remembered_maps_change_nothing(tmp_path):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import contract
 import omniad
 import omniad_released
-from common import data
+from common import backbones, data, papers
 
 CHANNELS = (16, 24, 32)  # of a small teacher: the widths of the stages are 64, 32, 24, 16
 TINY = dict(depths="1,1,1,1", tokens=4, heads=2, image_size=64, jitter=0.0)
@@ -52,7 +52,7 @@ def released(monkeypatch):
 def train(model, args, maps, steps, lr=2e-3):
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     for _ in range(steps):
-        loss, _ = omniad.losses(model, maps)
+        loss, _ = omniad.losses(model, maps, model.scale, args)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -115,7 +115,7 @@ def test_shapes(channels):
     ("resnet18", [64, 128, 256]), ("resnet50", [256, 512, 1024]), ("efficientnet_lite0", [24, 40, 112])])
 def test_features_are_frozen_and_survive_the_row(backbone, channels):
     """Maps of strides 4, 8, 16; no gradient, always eval; joined into rows and split again: the backbone's own."""
-    features = omniad.Features(backbone, "random", 64)
+    features = backbones.Pyramid(backbone, "random", 64)
     assert list(features.channels) == channels and features.sides == [16, 8, 4]
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     rows = features.train()(images)
@@ -247,9 +247,9 @@ def test_jitter_has_the_stated_scale_and_is_off_in_evaluation():
 
 def test_loss():
     """Mean over all elements of the squared error, scale by scale, summed."""
-    model, _ = make()
+    model, args = make()
     maps = teacher_maps(b=2)
-    total, parts = omniad.losses(model, maps)
+    total, parts = omniad.losses(model, maps, model.scale, args)
     for name, rebuilt, f in zip(("f1", "f2", "f3"), model(maps), maps):
         error = sum((a - b) ** 2 for a, b in zip(rebuilt.flatten().tolist(), f.flatten().tolist()))
         assert parts[name].item() == pytest.approx(error / f.numel(), rel=1e-4)
@@ -264,10 +264,10 @@ def test_standardized_loss():
     for f, k, deviation in zip(maps, (1, 10, 0.01), scale.tolist()):
         centred = [f[:, c].double() - f[:, c].double().mean() for c in range(f.shape[1])]
         assert deviation == pytest.approx(k * math.sqrt(sum((c ** 2).mean().item() for c in centred) / len(centred)))
-    model, _ = make()
+    model, args = make(standardize=True)
     plain = model(maps)
     model.scale.copy_(scale)
-    total, parts = omniad.losses(model, maps, model.scale)
+    total, parts = omniad.losses(model, maps, model.scale, args)
     for name, f, before, unit in zip(parts, maps, plain, scale):
         assert parts[name].item() == pytest.approx((before - f / unit).square().mean().item(), rel=1e-4)
     assert total.item() == pytest.approx(sum(p.item() for p in parts.values()), rel=1e-6)
@@ -278,7 +278,9 @@ def test_gradient_reaches_every_parameter():
     through sums: what is the same at every position is lost), and of keys, which softmax ignores. In float64, where
     their rounding noise lies far below any true gradient."""
     model, args = make()
-    omniad.losses(model.double(), [f.double() for f in teacher_maps()])[0].backward()
+    model.double()
+    maps = [f.double() for f in teacher_maps()]
+    omniad.losses(model, maps, model.scale, args)[0].backward()
     centred = ("local3.0.bias", "local3.3.bias", "local5.0.bias", "local5.3.bias", "merge.0.bias", "mix_in.bias",
                "to_k.bias", "second.to_v.bias", "second.to_out.bias", "point.0.bias", "point2.0.bias", "point3.0.bias")
     largest = max(p.grad.abs().max() for p in model.parameters())
@@ -357,22 +359,11 @@ def test_released_output_nets_are_fixed(released):
 # ------------------------------------------------------------------------------------------------------- scoring
 
 
-@pytest.mark.parametrize("size, sigma", [(64, 4.0), (224, 4.0), (96, 1.5), (8, 4.0)])
-def test_smoothing_is_scipys(size, sigma):
-    """Both ways of a separable filter as two matrix products; also where the window is wider than the picture."""
-    maps = torch.rand(2, size, size, generator=torch.Generator().manual_seed(0))
-    smooth = omniad.gaussian(size, sigma, torch.device("cpu"))
-    expected = np.stack([scipy.ndimage.gaussian_filter(m.double().numpy(), sigma) for m in maps])
-    np.testing.assert_allclose((smooth @ maps @ smooth.T).numpy(), expected, atol=1e-6)
-
-
 class Passing(torch.nn.Module):
     """Stands in for the frozen features: "images" are tuples of maps already."""
 
-    def forward(self, maps):
+    def maps(self, maps):
         return maps
-
-    split = forward
 
 
 def scorer(**changes):
@@ -404,23 +395,10 @@ def test_score_of_an_image_does_not_depend_on_its_batch():
     torch.testing.assert_close(score(maps, None)[0], alone)
 
 
-def test_training_stream():
-    """Sample k is a function of (seed, k); an epoch shows an image at most once and drops what fills no step."""
-    images = [torch.full((1,), i) for i in range(10)]
-    stream = omniad.Stream(images, 3, images_per_step=4, whole_images=True)
-    index = [stream[k]["index"] for k in range(24)]
-    assert stream.per_epoch == 8
-    assert all(len(set(index[start:start + 8])) == 8 for start in (0, 8, 16)) and index[:8] != index[8:16]
-    assert set(index) == set(range(10))
-    assert stream[13]["image"].item() == stream[13]["index"] == index[13]
-    assert omniad.Stream(images, 3, 16, False).per_epoch == 10, "fewer images than a step: epochs follow each other"
-
-
 def test_paper_numbers():
     """The column of the paper: found for its own setting only; mAD is the mean of the other seven, as printed."""
     def numbers(name, **changes):
-        dataset = data.Dataset(name=name, root=None, train=[], test=[], classes=["a"], groups={}, problems=[])
-        return omniad.paper_numbers(dataset, omniad.Args(**changes))
+        return papers.numbers("omniad", omniad.Args(**changes), {}, name)
 
     for name, first in (("mvtec", 0.990), ("visa", 0.946), ("realiad", 0.882)):
         mean = numbers(name)["mean"]
@@ -435,7 +413,8 @@ def test_paper_numbers():
 
 def costs(out):
     """The table of --flops: part -> (parameters, multiply-adds)."""
-    rows = [line.rsplit(maxsplit=2) for line in out.splitlines()[1:]]
+    lines = [line for line in out.splitlines()[1:] if not line.startswith("the paper")]
+    rows = [line.rsplit(maxsplit=2) for line in lines]
     return {name.strip(): tuple(int(n.replace(",", "")) for n in numbers) for name, *numbers in rows}
 
 
@@ -445,6 +424,7 @@ def test_flops(command):
     shows): the 11.2 G of Table IV, so the published models contained those nets."""
     done = command("omniad", "--preset", "paper", "--flops")
     assert done.status == 0
+    assert done.out.endswith("the paper: 29.9 M parameters, 11.2 G multiply-adds\n")
     parts = costs(done.out)
     stages = list(zip((3, 9, 9, 7), (512, 256, 128, 64), (64, 256, 1024, 4096)))  # blocks, C, h w
     assert parts["of these, attention"][1] == sum(n * (4 * (hw + 64) * c * c + 4 * 64 * hw * c) for n, c, hw in stages)
