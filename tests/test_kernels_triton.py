@@ -263,8 +263,8 @@ def test_large_scores(N, M):
     assert 8192 * (q @ k.transpose(2, 3)).max() > 1e5
     exact = run_attention((q, k, v), upstream, torch.float64, "torch", scale=8192.0)
     ours = run_attention((q, k, v), upstream, torch.float32, "triton", scale=8192.0)
-    for x, z in zip(ours, exact, strict=True):
-        assert (x.double() - z).abs().max() <= 1e-5 * z.abs().max()
+    for x, z, size in zip(ours, exact, (1, 8192, 8192, 1), strict=True):  # scores' gradients carry the scale
+        assert (x.double() - z).abs().max() <= 1e-5 * max(size, z.abs().max())
 
 
 def test_far_apart():
