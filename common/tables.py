@@ -151,7 +151,7 @@ def name_of(paper, data, words, seed):
         readable = [paper, papers.by_name(data)]
     readable += [word.removeprefix("--") for word in words]
     text = "-".join(readable)
-    name = re.sub(r"[^\w.,+-]", "_", text)[:120]
+    name = re.sub(r"[^\w.,+-]", "_", text)[:80]
     if name != text or os.sep in data:
         digest = hashlib.sha1("\0".join([paper, data, *words]).encode()).hexdigest()
         name += f"-{digest[:8]}"
@@ -198,15 +198,18 @@ class Runner:
         self.at_once, self.failed = at_once, {}
         self.children, self.stopped, self.lock = set(), False, threading.Lock()
 
-    def run(self, chains, costs):
-        """chains: as `joined` gives them. costs: whether to ask for size and cost as well.
+    def run(self, chains, costs=()):
+        """Run what is not finished.
+
+        chains: as `joined` gives them. costs: trainings whose --flops is wanted too.
 
         Raises `KeyboardInterrupt` when interrupted, after the end of all commands that ran.
         """
         with ThreadPoolExecutor(self.at_once) as pool:
             tasks = []
             for training, evaluations in chains.items():
-                tasks.append(pool.submit(self._chain, training, evaluations, costs))
+                task = pool.submit(self._chain, training, evaluations, training in costs)
+                tasks.append(task)
             try:
                 wait(tasks)
             except KeyboardInterrupt:
@@ -797,7 +800,9 @@ def main(argv=None):
                 print(f"{job.state}: python {shlex.join(job.next_command())}")
     else:
         columns = columns_of([line for row in possible for line in row.lines], args.metrics)
-        costs = any(column.metric in papers.COSTS for column in columns)
+        costs = []
+        if any(column.metric in papers.COSTS for column in columns):  # the same for all seeds
+            costs = [of_seed[args.seeds[0]][0] for of_seed in chains.values()]
         runner.run(joined(chains), costs)
     table = Table(args, rows, chains, runner.failed)
     print(f"\n{table.text()}", end="")
