@@ -368,12 +368,14 @@ def _training_images(folder, notes):
     """The good training images of a class in MVTec layout."""
     home = _child(folder, TRAIN)
     if not folders(home):
-        return images_in(home, notes)
+        images, _ = _split_masks(images_in(home, notes), notes)
+        return images
     _note_loose(home, notes)
     images = []
     for path in folders(home):
         if is_normal(path):
-            images += images_in(path, notes)
+            found, _ = _split_masks(images_in(path, notes), notes)
+            images += found
         else:
             number = len(images_in(path))
             notes.add("training images left out, their folder is not called good", f"{path}: {number}", number)
