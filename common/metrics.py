@@ -594,7 +594,7 @@ def _defined(title, b, keys, unit):
     if b.positives.size and b.negatives:
         return True
     lacking = "good" if b.positives.size else "defective"
-    warnings.warn(f"{title}: {', '.join(keys)} and mad are undefined (there is no {lacking} {unit}): None",
+    warnings.warn(f"{title}: {', '.join(keys)} and mad are undefined, there is no {lacking} {unit}",
                   stacklevel=6)
     return False
 

@@ -65,6 +65,12 @@ SPLITS = ("train", "good", "bad")
 # Drawing tools
 # ---------------------------------------------------------------------------------------------------------------------
 
+def wide(values):
+    """The values in float64. Where a float64 or integer number of numpy's meets a float32 array, numpy 1 computes in
+    float32 and numpy 2 in float64; said explicitly, both draw the same picture."""
+    return values.astype(np.float64)
+
+
 def plane(size):
     """Coordinates x, y (size, size) of the pixels' centres, from -1 to 1."""
     t = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
@@ -132,8 +138,10 @@ def lit(height, light, gloss=20):
     """Light (size, size) that a relief scatters (1 where level) and light that it mirrors to the camera (0 to 1)."""
     gy, gx = np.gradient(height, 2 / len(height))
     length = np.sqrt(1 + gx * gx + gy * gy)
+    gx, gy = wide(gx), wide(gy)
     half = (light + [0, 0, 1]) / np.linalg.norm(light + [0, 0, 1])
-    facing, mirror = (((v[2] - v[0] * gx - v[1] * gy) / length).astype(np.float32) for v in (light, half))
+    facing = ((light[2] - light[0] * gx - light[1] * gy) / length).astype(np.float32)
+    mirror = ((half[2] - half[0] * gx - half[1] * gy) / length).astype(np.float32)
     return np.clip(facing, 0, None) / np.float32(light[2]), np.clip(mirror, 0, 1) ** gloss
 
 
@@ -297,11 +305,11 @@ def woven_cloth(rng, size, fault="", dice=None):
     """A 2/2 twill with a check: every 12 threads two are cream and one is rust, the others navy."""
     x, y, _ = pose(rng, size, 0.03, zoom=0.03)
     light, start = lamp(rng), rng.integers(24, 36, 2)
-    u = 13 * x + start[0] + 0.12 * noise(rng, size, 4)  # one unit per thread
-    v = 13 * y + start[1] + 0.12 * noise(rng, size, 4)
+    u = wide(13 * x) + start[0] + 0.12 * noise(rng, size, 4)  # one unit per thread
+    v = wide(13 * y) + start[1] + 0.12 * noise(rng, size, 4)
     if fault == "pulled_thread":
         bump = np.exp(-((x - dice.uniform(-.6, .6)) / 0.18) ** 2 - ((y - dice.uniform(-.6, .6)) / 0.16) ** 2)
-        v = v + dice.choice([-1, 1]) * dice.uniform(1.4, 2.2) * bump
+        v = v + dice.choice([-1, 1]) * dice.uniform(1.4, 2.2) * wide(bump)
     i, j = np.floor(u).astype(int), np.floor(v).astype(int)
     across_warp, across_weft = u - i - 0.5, v - j - 0.5
     thick = rng.uniform(0.92, 1.06, (2, 64)).astype(np.float32)
@@ -350,7 +358,8 @@ def metal_mesh(rng, size, fault="", dice=None):
     side = 0 if dice is None else int(dice.integers(2))
     index, along = ((i, v), (j, u))[side]
     if fault in ("bent_wire", "missing_wire", "swapped_weave"):
-        wire, at = int(start[side] + dice.integers(-3, 4)), start[1 - side] + dice.uniform(-3, 3)
+        wire = int(start[side] + dice.integers(-3, 4))
+        at = start[1 - side] + np.float32(dice.uniform(-3, 3))
         near = index == wire
         if fault == "bent_wire":
             bend = dice.choice([-1, 1]) * dice.uniform(0.25, 0.31) * np.exp(-((along - at) / 1.5) ** 2)
@@ -531,7 +540,8 @@ def screw(rng, size, fault="", dice=None):
     image = tint(dye(rng, (1.0, 0.99, 0.97), 0.04), table)
     if fault == "bent":
         start = dice.uniform(-0.2, 0.15)
-        y = y - dice.choice([-1, 1]) * dice.uniform(0.7, 1.2) * np.clip(x - start, 0, 1) ** 2
+        bow = wide(np.clip(x - start, 0, 1) ** 2)
+        y = y - dice.choice([-1, 1]) * dice.uniform(0.7, 1.2) * bow
     tip, head = 0.74, -0.74
     if fault == "missing_tip":
         tip = dice.uniform(0.36, 0.54)
@@ -600,7 +610,8 @@ def capsule(rng, size, fault="", dice=None):
     ink = canvas.coverage()
     for d, colour, radius, centre in ((body, colours[0], 0.262, slid), (cap, colours[1], 0.275, 0.0)):
         across, end = np.clip(y / radius, -1, 1), np.clip((np.abs(x - centre) - 0.40) / radius, 0, 1)
-        facing = np.clip(light[1] * across + light[2] * np.sqrt(np.clip(1 - across ** 2 - end ** 2, 0, 1)), 0, 1)
+        upwards = wide(np.sqrt(np.clip(1 - across ** 2 - end ** 2, 0, 1)))
+        facing = np.clip(light[1] * wide(across) + light[2] * upwards, 0, 1)
         window = step(0.03, 0, np.abs(across + 0.52) - 0.03) * (1 - step(0.2, 0.6, end))  # the lamp's long reflection
         part = lay(tint(colour, 0.35 + 0.72 * facing), (0.16, 0.15, 0.17), 0.8 * ink)
         image = lay(image, image * 0.55, 0.6 * cover(d - 0.03) * cover(body))  # the cap's edge shades the body
