@@ -39,6 +39,30 @@ def overlay(image, values, low, high):
     return (image * (1 - alpha) + heat(values, low, high) * alpha).astype(np.uint8)
 
 
+def heat_picture(values, low, high, size):
+    """Map (H, W) -> picture of `size` (width, height) with a palette: 256 steps of the colours of `heat`. A third of
+    the bytes and of the time of one in RGB."""
+    steps = np.rint(255 * share(values, low, high)).astype(np.uint8)
+    picture = Image.fromarray(steps).resize(size, Image.Resampling.BILINEAR)
+    picture.putpalette(heat(np.arange(256)[None], 0, 255).tobytes())
+    return picture
+
+
+def enlarged(values, size):
+    """Map (h, w) -> float32 (height, width), bilinear."""
+    picture = Image.fromarray(np.asarray(values, np.float32))
+    return np.asarray(picture.resize(size, Image.Resampling.BILINEAR))
+
+
+def overlaid(image, values, low, high):
+    """`overlay` for a map of another size: image (h, w, 3), map (H, W) -> uint8 (h, w, 3)."""
+    size = image.shape[1], image.shape[0]
+    colours = heat_picture(values, low, high, size).convert("RGB")
+    opaque = np.rint(0.75 * 255 * share(values, low, high)).astype(np.uint8)
+    alpha = Image.fromarray(opaque).resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(Image.composite(colours, Image.fromarray(image), alpha))
+
+
 def truth(mask):
     """Mask (H, W) bool -> uint8 (H, W, 3): white where it is true."""
     return np.where(mask[..., None], 255, 0).astype(np.uint8).repeat(3, 2)

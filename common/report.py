@@ -1,20 +1,31 @@
 """The evaluation that all methods share, and what it leaves behind: tables, metrics.json, scores.csv, pictures.
 
-A script gives a function `score(images, samples) -> (maps, scores)`; everything after that is here. Drawing itself
-is in `pictures.py`.
+A script gives a function `score(images, samples) -> (maps, scores)`; everything after that is here, but for
+`prediction.py` (--predict), `pictures.py` (drawing) and `pages.py` (HTML).
+
+    python -m common.report RUN              RUN/run.html: misses and false alarms, the table, the pictures
+    python -m common.report RUN RUN ...      compare.html: the same images as each run sees them
 """
 
+import argparse
 import csv
 import io
 import json
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import UsageError, corruptions, data, metrics, pictures, runtime
-from common.pictures import distributions  # noqa: F401  (scripts call it as report.distributions)
+from common import UsageError, corruptions, data, metrics, pages, pictures, runtime
+from common.pages import percent
+from common.pictures import distributions
+from common.prediction import predict
+
+__all__ = ["COLUMNS", "corruption", "distributions", "evaluate", "measure", "normal_score", "percent",
+           "predict", "shifts"]
 
 COLUMNS = {"i_auroc": "I-AUROC", "i_ap": "I-AP", "i_f1max": "I-F1max", "p_auroc": "P-AUROC",
            "p_ap": "P-AP", "p_f1max": "P-F1max", "p_aupro": "P-AUPRO", "mad": "mAD"}
@@ -204,6 +215,8 @@ def _result(run, args, dataset, found, setting, seconds, paper, compare):
         result["compare"] = {name: _three_views(rep) for name, rep in compare.items()}
     result |= {"paper": paper, "images": len(found.rows), "seconds": {"train": round(seconds, 1)},
                "versions": runtime.environment(), "seed": args.seed, "commit": runtime.commit()}
+    if dataset.problems:
+        result["problems"] = dataset.problems
     return result
 
 
@@ -220,55 +233,6 @@ def shifts(args):
     """--shift -> [(name, severity)]: the further test sets, each judged on its own."""
     severities = {"": (), "all": (3,), "curve": (1, 2, 3, 4, 5)}[args.shift]
     return [(name, severity) for name in corruptions.NAMES for severity in severities]
-
-
-# ----------------------------------------------------------------------------------------- prediction
-
-
-def predict(run, args, score, normal_score, columns=None):
-    """Score files that nobody labelled: predictions.csv and one heat-map per image.
-
-    Args:
-        score: as in `evaluate`, with samples of class "" and label 0.
-        normal_score: of the training images, as the function of this name gives it. The column `ratio` is score /
-            normal_score: above 1, an image scores higher than 99 % of the training images.
-        columns: {name: function(sample, score) -> value}: the method's own columns, after path, score and ratio.
-    """
-    files = []
-    for path in args.predict:
-        files += data.image_files(path)
-    if not files:
-        raise UsageError(f"--predict {' '.join(args.predict)}: no images found")
-    columns = columns or {}
-    samples = [data.Sample(file, None, 0, "", "", "") for file in files]
-    images, rows = data.Images(samples, args.image_size), []
-    folder = run.out / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
-    for first in run.progress(range(0, len(files), args.batch_size), "prediction"):
-        part = samples[first:first + args.batch_size]
-        batch = torch.stack([images[first + i] for i in range(len(part))])
-        maps, scores = score(batch.to(run.device), part)
-        for i, sample in enumerate(part):
-            strip = _predicted(pictures.pixels(batch[i]), _numpy(maps[i]))
-            strip.save(folder / f"{first + i:05d}-{sample.image.stem}.png")
-            value = float(scores[i])
-            own = [column(sample, value) for column in columns.values()]
-            rows.append((str(sample.image), value, value / normal_score, *own))
-    _write_csv(run.out / "predictions.csv", ("path", "score", "ratio", *columns), rows)
-    for row in rows[:20]:
-        run.say("  ".join(_cell(value) for value in row))
-    run.say(f"{run.out}: predictions.csv ({len(rows)} images), pictures/")
-
-
-def _predicted(image, values):
-    """Input, heat-map and overlay of one image, the colours from the map's lowest to its highest value."""
-    low, high = values.min(), values.max()
-    heat = pictures.heat(values, low, high)
-    return pictures.in_row([image, heat, pictures.overlay(image, values, low, high)])
-
-
-def _cell(value):
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # --------------------------------------------------------------------------------------------- tables
@@ -353,11 +317,6 @@ def shift_table(result):
     return "\n".join(lines)
 
 
-def percent(value):
-    """Fraction -> "12.3"; None, an undefined metric, -> "-"."""
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
 def _text(value):
     return "-" if value is None else str(value)
 
@@ -370,7 +329,8 @@ def _write_csv(path, header, rows):
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-    runtime.write_atomic(path, text.getvalue().encode())
+    # Bytes that are no UTF-8 in a file name are written as they are.
+    runtime.write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def _save_maps(run, args, dataset, score, pooled, kept):
@@ -476,3 +436,35 @@ def _curves(result):
             lines[name] = [condition["mean"][key] for condition in [result, *shifted]]
         panels[f"mean {COLUMNS[key]} against the severity (0: clean)"] = lines
     return panels
+
+
+# --------------------------------------------------------------------------- python -m common.report
+
+
+def main(argv=None):
+    """Write the page of one run, or of several side by side. Returns the exit status."""
+    parser = argparse.ArgumentParser("python -m common.report", description="A page to look through.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--out", metavar="FILE",
+                        help="the page (default: RUN/run.html; of several runs: compare.html here)")
+    args = parser.parse_args(argv)
+    folders = [Path(run) for run in args.runs]
+    try:
+        if len(folders) == 1:
+            page, default = pages.run_page(folders[0], COLUMNS), folders[0] / "run.html"
+        else:
+            page, default = pages.compare_page(folders, COLUMNS), Path("compare.html")
+        out = Path(args.out) if args.out else default
+        runtime.write_atomic(out, page.encode())
+    except UsageError as error:
+        print(f"error: {pages.readable(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
