@@ -212,6 +212,8 @@ class Canvas:
 
     def disc(self, x, y, radius, colour=(1, 1, 1), height=None, start=0, end=360):
         angles = np.radians(np.linspace(start, end, 40))
+        if end - start == 360:
+            angles = angles[:-1]  # no edge without length, which Pillow before 11.2 draws as stray pixels
         self.polygon([(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles], colour, height)
 
     def text(self, words, x, y, height, width, colour=(1, 1, 1), turn=0.0):
