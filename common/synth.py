@@ -85,7 +85,9 @@ def pose(rng, size, turn, shift=0.0, zoom=0.0):
     """
     angle, dx, dy, scale = (rng.uniform(-a, a) for a in (turn, shift, shift, zoom))
     c, s, (x, y) = math.cos(angle), math.sin(angle), plane(size)
-    x, y, scale = x - np.float32(dx), y - np.float32(dy), 1 + scale
+    x = x - np.float32(dx)
+    y = y - np.float32(dy)
+    scale = 1 + scale
 
     def place(point):
         return dx + scale * (c * point[0] - s * point[1]), dy + scale * (s * point[0] + c * point[1])
@@ -120,7 +122,8 @@ def stretch(lattice, size):
 
 def noise(rng, size, down, across=None, octaves=1):
     """Smooth random field (size, size) of mean 0 and deviation about 1, with down x across bumps, finer per octave."""
-    total, power = 0.0, 0.0
+    total = 0.0
+    power = 0.0
     for k in range(octaves):
         lattice = rng.standard_normal(((down << k) + 3, ((across or down) << k) + 3), dtype=np.float32)
         total = total + 0.5 ** k * stretch(stretch(lattice, size).T, size).T
@@ -130,7 +133,8 @@ def noise(rng, size, down, across=None, octaves=1):
 
 def lamp(rng):
     """Unit vector towards the light: from the upper left, a little different each time."""
-    angle, height = rng.uniform(-2.6, -2.0), rng.uniform(0.85, 1.05)
+    angle = rng.uniform(-2.6, -2.0)
+    height = rng.uniform(0.85, 1.05)
     return np.array([math.cos(angle) * math.cos(height), math.sin(angle) * math.cos(height), math.sin(height)])
 
 
@@ -138,7 +142,8 @@ def lit(height, light, gloss=20):
     """Light (size, size) that a relief scatters (1 where level) and light that it mirrors to the camera (0 to 1)."""
     gy, gx = np.gradient(height, 2 / len(height))
     length = np.sqrt(1 + gx * gx + gy * gy)
-    gx, gy = wide(gx), wide(gy)
+    gx = wide(gx)
+    gy = wide(gy)
     half = (light + [0, 0, 1]) / np.linalg.norm(light + [0, 0, 1])
     facing = ((light[2] - light[0] * gx - light[1] * gy) / length).astype(np.float32)
     mirror = ((half[2] - half[0] * gx - half[1] * gy) / length).astype(np.float32)
@@ -174,9 +179,12 @@ def pick(dice, region):
 def blob(dice, size, centre, radius):
     """Signed distance (size, size) of an irregular spot."""
     x, y = plane(size)
-    x, y = x - np.float32(centre[0]), y - np.float32(centre[1])
-    turn, flat = dice.uniform(0, math.pi), dice.uniform(0.6, 1.0)
-    along, aside = math.cos(turn) * x + math.sin(turn) * y, math.cos(turn) * y - math.sin(turn) * x
+    x = x - np.float32(centre[0])
+    y = y - np.float32(centre[1])
+    turn = dice.uniform(0, math.pi)
+    flat = dice.uniform(0.6, 1.0)
+    along = math.cos(turn) * x + math.sin(turn) * y
+    aside = math.cos(turn) * y - math.sin(turn) * x
     ragged = 1 + 0.22 * noise(dice, size, max(4, int(2.2 / radius)), octaves=2)
     return np.hypot(along * flat, aside / flat) - radius * ragged
 
@@ -206,17 +214,22 @@ class Canvas:
         self._put("line", points, colour, height, width=max(1, round(width / 2 * self.big)), joint="curve")
 
     def box(self, x, y, w, h, colour=(1, 1, 1), height=None, turn=0.0):
-        c, s = math.cos(turn), math.sin(turn)
+        c = math.cos(turn)
+        s = math.sin(turn)
         self.polygon([(x + c * a - s * b, y + s * a + c * b)
                       for a, b in ((-w, -h), (w, -h), (w, h), (-w, h))], colour, height)
 
     def disc(self, x, y, radius, colour=(1, 1, 1), height=None, start=0, end=360):
         angles = np.radians(np.linspace(start, end, 40))
+        if end - start == 360:
+            angles = angles[:-1]  # no edge without length, which Pillow before 11.2 draws as stray pixels
         self.polygon([(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles], colour, height)
 
     def text(self, words, x, y, height, width, colour=(1, 1, 1), turn=0.0):
         """Words centred on (x, y), letters `height` tall, strokes `width` wide."""
-        k, c, s = height / 4, math.cos(turn), math.sin(turn)
+        k = height / 4
+        c = math.cos(turn)
+        s = math.sin(turn)
         for n, letter in enumerate(words):
             left = (3 * n - 3 * len(words) / 2 + 0.5)
             for stroke in LETTERS.get(letter, ()):
@@ -251,10 +264,14 @@ def scratch(dice, image, region, mark):
     """A thin curved scratch across the region: a bright or dark line with a lit edge; `mark` is what it shows."""
     size = len(image)
     x, y = pick(dice, region)
-    turn, length, bow = dice.uniform(0, 2 * math.pi), dice.uniform(0.25, 0.55), dice.uniform(-0.25, 0.25)
+    turn = dice.uniform(0, 2 * math.pi)
+    length = dice.uniform(0.25, 0.55)
+    bow = dice.uniform(-0.25, 0.25)
     t = np.linspace(-0.5, 0.5, 24)
-    along, aside = t * length, (bow * (0.25 - t * t) + 0.012 * np.cumsum(dice.standard_normal(24)) / 3) * length
-    c, s = math.cos(turn), math.sin(turn)
+    along = t * length
+    aside = (bow * (0.25 - t * t) + 0.012 * np.cumsum(dice.standard_normal(24)) / 3) * length
+    c = math.cos(turn)
+    s = math.sin(turn)
     canvas = Canvas(size)
     path = list(zip(x + c * along - s * aside, y + s * along + c * aside))
     for k, (p, q) in enumerate(zip(path, path[1:])):  # thin ends, thicker middle
@@ -304,29 +321,36 @@ def framed(image, light):
 def woven_cloth(rng, size, fault="", dice=None):
     """A 2/2 twill with a check: every 12 threads two are cream and one is rust, the others navy."""
     x, y, _ = pose(rng, size, 0.03, zoom=0.03)
-    light, start = lamp(rng), rng.integers(24, 36, 2)
+    light = lamp(rng)
+    start = rng.integers(24, 36, 2)
     u = wide(13 * x) + start[0] + 0.12 * noise(rng, size, 4)  # one unit per thread
     v = wide(13 * y) + start[1] + 0.12 * noise(rng, size, 4)
     if fault == "pulled_thread":
         bump = np.exp(-((x - dice.uniform(-.6, .6)) / 0.18) ** 2 - ((y - dice.uniform(-.6, .6)) / 0.16) ** 2)
         v = v + dice.choice([-1, 1]) * dice.uniform(1.4, 2.2) * wide(bump)
-    i, j = np.floor(u).astype(int), np.floor(v).astype(int)
-    across_warp, across_weft = u - i - 0.5, v - j - 0.5
+    i = np.floor(u).astype(int)
+    j = np.floor(v).astype(int)
+    across_warp = u - i - 0.5
+    across_weft = v - j - 0.5
     thick = rng.uniform(0.92, 1.06, (2, 64)).astype(np.float32)
     tone = rng.uniform(0.94, 1.06, (2, 64)).astype(np.float32)
     # Each thread rises and sinks as a sine along its way: two over, two under, one step further per row.
     warp = np.sqrt(np.clip(1 - (2 * across_warp / thick[0, i]) ** 2, 0.02, 1)) + 0.9 * np.sin(np.pi / 2 * (v - i))
     weft = np.sqrt(np.clip(1 - (2 * across_weft / thick[1, j]) ** 2, 0.02, 1)) - 0.9 * np.sin(np.pi / 2 * (j + 1 - u))
     if fault == "missing_thread":
-        row, left = start[1] + dice.integers(-9, 9), start[0] + dice.uniform(-11, -2)
+        row = start[1] + dice.integers(-9, 9)
+        left = start[0] + dice.uniform(-11, -2)
         lost = ((j == row) | (j == row + 1)) & (u > left) & (u < left + dice.uniform(10, 20))
-        warp, weft = np.where(lost, warp - 0.6, warp), np.where(lost, np.float32(-1.2), weft)
+        warp = np.where(lost, warp - 0.6, warp)
+        weft = np.where(lost, np.float32(-1.2), weft)
     check = np.array([0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 2, 0])
-    warp_kind, weft_kind = check[i % 12], check[j % 12]
+    warp_kind = check[i % 12]
+    weft_kind = check[j % 12]
     if fault == "swapped_threads":  # two neighbours change places: all threads are there, the order is wrong
         kinds, index = (warp_kind, i) if dice.random() < 0.5 else (weft_kind, j)
         first = 12 * (start.mean().astype(int) // 12) + 7 + 12 * dice.integers(-1, 1)
-        a, b = first + 1, first + 1 + dice.integers(1, 4) * dice.choice([-2, 1])
+        a = first + 1
+        b = first + 1 + dice.integers(1, 4) * dice.choice([-2, 1])
         kinds[index == a], kinds[index == b] = check[b % 12], check[a % 12]
     dyes = np.array([dye(rng, colour) for colour in ((0.16, 0.23, 0.36), (0.78, 0.74, 0.64), (0.60, 0.27, 0.18))])
     over = warp > weft
@@ -347,10 +371,12 @@ def woven_cloth(rng, size, fault="", dice=None):
 def metal_mesh(rng, size, fault="", dice=None):
     """Plain-woven steel wire over a dark, out-of-focus ground."""
     x, y, _ = pose(rng, size, 0.05, zoom=0.03)
-    light, start = lamp(rng), rng.uniform(20, 22, 2).astype(np.float32)
+    light = lamp(rng)
+    start = rng.uniform(20, 22, 2).astype(np.float32)
     u = 5.5 * x + start[0] + 0.03 * noise(rng, size, 3)  # one unit per wire
     v = 5.5 * y + start[1] + 0.03 * noise(rng, size, 3)
-    i, j = np.floor(u).astype(int), np.floor(v).astype(int)
+    i = np.floor(u).astype(int)
+    j = np.floor(v).astype(int)
     sway = rng.uniform(-0.03, 0.03, (2, 64)).astype(np.float32)
     across = [u - i - 0.5 + sway[0, i], v - j - 0.5 + sway[1, j]]
     rise = [np.sin(np.pi * (v - i)), -np.sin(np.pi * (j + 1 - u))]  # along each wire: over one, under the next
@@ -373,7 +399,8 @@ def metal_mesh(rng, size, fault="", dice=None):
     if fault == "hole":
         gap = 1 - cover(blob(dice, size, pick(dice, opening(size)), dice.uniform(0.12, 0.22)))
         present = [p * gap for p in present]
-    radius, pixel = 0.19, 11 / size
+    radius = 0.19
+    pixel = 11 / size
     image = tint((0.95, 1.0, 1.1), 0.15 + 0.03 * noise(rng, size, 4, octaves=2))
     steel = dye(rng, (0.80, 0.82, 0.85))
     shine = 0.06 * noise(rng, size, 40)
@@ -403,22 +430,27 @@ def wood_planks(rng, size, fault="", dice=None):
     table = rng.uniform(0, 1, (6, 20)).astype(np.float32)
     l = y / 1.5 + 10 + table[0, p]  # one unit per length of board
     q = np.floor(l).astype(int)
-    fw, fl = w - p - 0.5, l - q - 0.5
+    fw = w - p - 0.5
+    fl = l - q - 0.5
     own = (7 * p + 3 * q) % 20  # which row of the table tells this board's tone and grain
     gap = 0.018 * np.ones_like(x)  # half the width of the gap between boards
     if fault == "shifted_plank":
-        joint, at = dice.integers(9, 12), dice.uniform(-0.5, 0.5)
+        joint = dice.integers(9, 12)
+        at = dice.uniform(-0.5, 0.5)
         spread = dice.uniform(0.13, 0.20) * np.exp(-((y - at) / dice.uniform(0.3, 0.5)) ** 2)
         gap = gap + spread * (np.round(w) == joint)
     bend = noise(rng, size, 3, 10, octaves=2)
     pores = noise(rng, size, 14, 110)
-    along, aside = fl * 1.5, fw / 2.5
+    along = fl * 1.5
+    aside = fw / 2.5
     if fault == "swapped_plank":  # a piece whose grain runs across: sound wood, laid the wrong way
         at = dice.uniform(-0.7, 0.7)
         piece = (p == dice.integers(9, 12)) & (np.abs(y - at) < dice.uniform(0.12, 0.2))
         edge = piece & ~ndimage.binary_erosion(piece, iterations=max(1, size // 200))
-        along, aside = np.where(piece, aside, along), np.where(piece, y - at, aside)
-        bend, pores = np.where(piece, bend.T, bend), np.where(piece, pores.T, pores)
+        along = np.where(piece, aside, along)
+        aside = np.where(piece, y - at, aside)
+        bend = np.where(piece, bend.T, bend)
+        pores = np.where(piece, pores.T, pores)
         gap = np.where(edge, np.float32(0.5), gap)
     arch = (0.4 + 0.8 * table[3, own]) * (along - table[4, own] + 0.5) ** 2  # the pointed arches of flat-sawn wood
     rings = (15 + 6 * table[1, own]) * aside + 9 * table[2, own] + arch + 0.55 * bend
@@ -447,9 +479,11 @@ def terrazzo(rng, size, fault="", dice=None):
     """Polished cement with stone chips of four colours and all sizes."""
     light = lamp(rng)
     stones = np.array([[0.86, 0.84, 0.80], [0.36, 0.35, 0.36], [0.67, 0.43, 0.33], [0.62, 0.60, 0.55]])
-    chips, places = [], np.empty((0, 3))  # outlines and colours; x, y, radius
+    chips = []  # outlines and colours; x, y, radius
+    places = np.empty((0, 3))
     for radius in np.geomspace(0.10, 0.022, 320) * rng.uniform(0.85, 1.15, 320):  # big ones first
-        at, shape = rng.uniform(-1.1, 1.1, 2), rng.uniform(0.85, 1.12, 8)
+        at = rng.uniform(-1.1, 1.1, 2)
+        shape = rng.uniform(0.85, 1.12, 8)
         colour = stones[rng.choice(4, p=[0.4, 0.2, 0.2, 0.2])] * rng.uniform(0.93, 1.06)
         if (np.hypot(*(places[:, :2] - at).T) > 0.92 * (places[:, 2] + radius) + 0.012).all():
             angles = 2 * np.pi * (np.arange(8) + 2 * shape) / 8
@@ -496,12 +530,16 @@ def hex_nut(rng, size, fault="", dice=None):
         a = math.pi / 6 + math.pi / 3 * dice.integers(6)
         ragged = dice.uniform(0.12, 0.22) * (1 + 0.12 * noise(dice, size, 14, octaves=2))
         hexagon = np.maximum(hexagon, ragged - np.hypot(x - 0.66 * math.cos(a), y - 0.66 * math.sin(a)))
-    bore, bx, by = 0.31, 0.0, 0.0
+    bore = 0.31
+    bx = 0.0
+    by = 0.0
     if fault == "swapped_bore":  # the thread of the next smaller size
         bore = dice.uniform(0.225, 0.25)
     if fault == "shifted_bore":
-        a, far = dice.uniform(0, 2 * math.pi), dice.uniform(0.06, 0.10)
-        bx, by = far * math.cos(a), far * math.sin(a)
+        a = dice.uniform(0, 2 * math.pi)
+        far = dice.uniform(0.06, 0.10)
+        bx = far * math.cos(a)
+        by = far * math.sin(a)
     rb = np.hypot(x - bx, y - by)
     solid = cover(np.maximum(hexagon, bore * 0.86 - rb))
     image = lay(image, image * 0.25, 0.85 * cast(solid, light, 0.14, 0.035))
@@ -542,11 +580,13 @@ def screw(rng, size, fault="", dice=None):
         start = dice.uniform(-0.2, 0.15)
         bow = wide(np.clip(x - start, 0, 1) ** 2)
         y = y - dice.choice([-1, 1]) * dice.uniform(0.7, 1.2) * bow
-    tip, head = 0.74, -0.74
+    tip = 0.74
+    head = -0.74
     if fault == "missing_tip":
         tip = dice.uniform(0.36, 0.54)
     # Half the thickness along the axis: head, neck, core with thread, point.
-    neck, core = 0.125, 0.105
+    neck = 0.125
+    core = 0.105
     half = np.where(x < -0.22, neck, core) * step(0, 0.20, 0.74 - x) ** 0.7
     cone = np.clip(0.27 - np.clip(x - head - 0.045, 0, 1) * 0.95, neck, None)
     if fault == "swapped_head":  # a round head: a sound part of another screw
@@ -557,7 +597,8 @@ def screw(rng, size, fault="", dice=None):
     ridge = (0.5 + 0.5 * np.cos(2 * np.pi * x / pitch - turn + rng.uniform(0, 6.28))) ** 2
     deep = step(-0.24, -0.16, x) * step(0, 0.12, 0.76 - x)
     if fault == "missing_thread":
-        a, b = dice.uniform(-0.15, 0.2), dice.uniform(0.2, 0.34)
+        a = dice.uniform(-0.15, 0.2)
+        b = dice.uniform(0.2, 0.34)
         deep = deep * (1 - step(a, a + 0.02, x) * (1 - step(a + b, a + b + 0.02, x)))
     half = half + 0.050 * deep * ridge
     outline = np.maximum(np.maximum((np.abs(y) - half) * 0.85, x - tip), head - x)
@@ -609,7 +650,8 @@ def capsule(rng, size, fault="", dice=None):
         canvas.text(word, px, py, 0.17, 0.028)
     ink = canvas.coverage()
     for d, colour, radius, centre in ((body, colours[0], 0.262, slid), (cap, colours[1], 0.275, 0.0)):
-        across, end = np.clip(y / radius, -1, 1), np.clip((np.abs(x - centre) - 0.40) / radius, 0, 1)
+        across = np.clip(y / radius, -1, 1)
+        end = np.clip((np.abs(x - centre) - 0.40) / radius, 0, 1)
         upwards = wide(np.sqrt(np.clip(1 - across ** 2 - end ** 2, 0, 1)))
         facing = np.clip(light[1] * wide(across) + light[2] * upwards, 0, 1)
         window = step(0.03, 0, np.abs(across + 0.52) - 0.03) * (1 - step(0.2, 0.6, end))  # the lamp's long reflection
@@ -635,13 +677,17 @@ PARTS = [
 def circuit_board(rng, size, fault="", dice=None):
     """A green board whose parts always sit in the same places; only light, tone and a slight pose vary."""
     _, _, place = pose(rng, size, 0.02, shift=0.025)
-    light, green = lamp(rng), dye(rng, (0.09, 0.34, 0.20))
+    light = lamp(rng)
+    green = dye(rng, (0.09, 0.34, 0.20))
     canvas = Canvas(size, place, (0.16, 0.16, 0.17))
     canvas.box(0, 0, 0.90, 0.90, green, 0.10)
-    copper, gold, silk = green * 1.5 + 0.03, (0.80, 0.68, 0.38), (0.86, 0.88, 0.86)
+    copper = green * 1.5 + 0.03
+    gold = (0.80, 0.68, 0.38)
+    silk = (0.86, 0.88, 0.86)
     layout = np.random.default_rng(4)  # the same tracks on every board
     for _ in range(34):
-        a, b = layout.uniform(-0.85, 0.85, 2), layout.uniform(-0.8, 0.8, 2)
+        a = layout.uniform(-0.85, 0.85, 2)
+        b = layout.uniform(-0.8, 0.8, 2)
         k = min(abs(b - a))
         corner = a + np.sign(b - a) * k
         end = (b[0], corner[1]) if abs(b - a)[0] > abs(b - a)[1] else (corner[0], b[1])
@@ -685,10 +731,12 @@ def circuit_board(rng, size, fault="", dice=None):
 
 def place_part(canvas, kind, x, y, turn, tone):
     """Draw one part of the board, centred on (x, y)."""
-    c, s = math.cos(turn), math.sin(turn)
+    c = math.cos(turn)
+    s = math.sin(turn)
     def box(a, b, w, h, colour, height):
         canvas.box(x + c * a - s * b, y + s * a + c * b, w, h, tuple(tone * np.array(colour)), height, turn)
-    tin, black = (0.72, 0.73, 0.74), (0.15, 0.15, 0.16)
+    tin = (0.72, 0.73, 0.74)
+    black = (0.15, 0.15, 0.16)
     if kind == "chip":
         for k in np.linspace(-0.21, 0.21, 9):
             for far in (-0.28, 0.28):
@@ -733,7 +781,8 @@ def develop(image, rng):
     """What lamp and lens make of a drawing: exposure, colour cast, uneven light, slight blur."""
     size = len(image)
     x, y = plane(size)
-    slope, angle = rng.uniform(0, 0.06), rng.uniform(0, 2 * math.pi)
+    slope = rng.uniform(0, 0.06)
+    angle = rng.uniform(0, 2 * math.pi)
     light = rng.uniform(0.95, 1.05) * (1 + slope * (x * math.cos(angle) + y * math.sin(angle)))
     light = light * (1 - 0.06 * (x * x + y * y))  # a lens darkens towards the corners
     image = np.clip(image, 0, 1.2) * tint(rng.uniform(0.988, 1.012, 3), light)
@@ -777,7 +826,8 @@ def files(cls, split, index):
     if split != "bad":
         return f"{cls}/{'train' if split == 'train' else 'test'}/good/{index:03d}.png", None
     kinds = DEFECTS[cls]
-    kind, number = kinds[index % len(kinds)], index // len(kinds)
+    kind = kinds[index % len(kinds)]
+    number = index // len(kinds)
     return f"{cls}/test/{kind}/{number:03d}.png", f"{cls}/ground_truth/{kind}/{number:03d}_mask.png"
 
 
