@@ -81,7 +81,10 @@ class Args(Options):
         group="model",
     )
     depths: str = option(
-        "3,4,6", "residual blocks of the student's three stages, deepest first", group="model"
+        "3,3,4,6",
+        "residual blocks of the bottleneck and of the student's three stages, deepest first "
+        "(RD4AD with ResNet-18: 2,2,2,2)",
+        group="model",
     )
     tokens: int = option(10, "prompts of a class and stage (l)", group="model", low=1)
     head_width: int = option(
@@ -179,7 +182,7 @@ PRESETS = {
     "laptop": dict(
         image_size=192,
         backbone="efficientnet_lite0",
-        depths="2,2,2",
+        depths="3,2,2,2",
         adapter_backbone="efficientnet_lite0",
         adapter_size=64,
         epochs=14,
@@ -220,19 +223,17 @@ def halving(c_in, c_out):
 
 
 class Bottleneck(nn.Module):
-    """f1, f2, f3 -> φ (B, 2 C3, h3/2, w3/2): all shrunk to f3's size, joined, fused by three
+    """f1, f2, f3 -> φ (B, 2 C3, h3/2, w3/2): all shrunk to f3's size, joined, fused by `depth`
     residual blocks."""
 
-    def __init__(self, channels, backbone):
+    def __init__(self, channels, depth, backbone):
         super().__init__()
         c1, c2, c3 = channels
         self.shrink1 = nn.Sequential(halving(c1, c2), halving(c2, c3))
         self.shrink2 = halving(c2, c3)
-        self.blocks = nn.Sequential(
-            self.block(backbone, 3 * c3, 2 * c3, stride=2),
-            self.block(backbone, 2 * c3, 2 * c3, stride=1),
-            self.block(backbone, 2 * c3, 2 * c3, stride=1),
-        )
+        self.blocks = nn.Sequential(self.block(backbone, 3 * c3, 2 * c3, stride=2))
+        for _ in range(depth - 1):
+            self.blocks.append(self.block(backbone, 2 * c3, 2 * c3, stride=1))
 
     @staticmethod
     def block(backbone, c_in, width, stride):
@@ -475,9 +476,9 @@ class ROADS(nn.Module):
     def __init__(self, channels, n_classes, args):
         super().__init__()
         widths = channels[::-1]
-        self.depths = [int(depth) for depth in args.depths.split(",")]
+        depth, *self.depths = map(int, args.depths.split(","))
         phi_width = 2 * channels[2]
-        self.bottleneck = Bottleneck(channels, args.backbone)
+        self.bottleneck = Bottleneck(channels, depth, args.backbone)
         self.selector = self.adapter = None
         if args.prompts:
             self.selector = Selector(phi_width, n_classes)
@@ -852,8 +853,8 @@ def check(args):
             f"--adapter-size {args.adapter_size}: must be a multiple of 32, or 0 for --image-size"
         )
     depths = args.depths.split(",")
-    if len(depths) != 3 or not all(depth.isdecimal() and int(depth) for depth in depths):
-        raise UsageError(f"--depths {args.depths}: must be three numbers above 0, such as 3,4,6")
+    if len(depths) != 4 or not all(depth.isdecimal() and int(depth) for depth in depths):
+        raise UsageError(f"--depths {args.depths}: must be four numbers above 0, such as 3,3,4,6")
     if args.predict and args.prompts and args.class_at_test == "given":
         raise UsageError(
             "--class-at-test given: the class of files for --predict is not known; use selector"

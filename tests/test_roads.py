@@ -23,7 +23,7 @@ from common import corruptions, data, runtime
 
 CHANNELS = [16, 24, 32]  # of a small teacher; the student's widths are 32, 24, 16
 CLASSES = 3
-TINY = dict(image_size=64, backbone="resnet18", depths="2,1,1", tokens=4, head_width=8,
+TINY = dict(image_size=64, backbone="resnet18", depths="3,2,1,1", tokens=4, head_width=8,
             adapter_backbone="efficientnet_lite0", adapter_weights="random", adapter_size=32)
 
 
@@ -103,8 +103,8 @@ def test_parameter_counts_of_prompts_and_adapter():
 
 
 @pytest.mark.parametrize("channels, backbone, depths", [
-    (CHANNELS, "resnet34", "3,4,6"), ([24, 40, 112], "efficientnet_lite0", "1,2,1"),
-    ([16, 32, 64], "resnet50", "1,1,2")])
+    (CHANNELS, "resnet34", "2,3,4,6"), ([24, 40, 112], "efficientnet_lite0", "1,1,2,1"),
+    ([16, 32, 64], "resnet50", "3,1,1,2")])
 def test_shapes(channels, backbone, depths):
     """Whatever the teacher's widths and the picture's size, the outputs have the teacher's shapes; f1 comes first; φ is
     twice as wide as f3 and half its size; an attention head divides its width."""
@@ -115,7 +115,8 @@ def test_shapes(channels, backbone, depths):
         out = model(maps, pictures(), LABELS, pictures(seed=3))
         assert [r.shape for r in out["maps"]] == [m.shape for m in maps]
         assert out["selector"].shape == out["classifier"].shape == (3, CLASSES)
-        norms = sum(int(d) * c for d, c in zip(depths.split(","), reversed(channels)))
+        norms = sum(int(d) * c for d, c in zip(depths.split(",")[1:], reversed(channels)))
+        assert len(model.bottleneck.blocks) == int(depths[0])
         assert out["code"].shape == out["shifted_code"].shape == (3, 2 * norms)
 
 
@@ -566,7 +567,7 @@ def test_paper_numbers():
 # ---------------------------------------------------------------------------------- the program, as a user runs it
 
 
-SMALL = ("--image-size", 64, "--adapter-size", 32, "--depths", "1,1,1", "--batch-size", 8, "--steps", 12,
+SMALL = ("--image-size", 64, "--adapter-size", 32, "--depths", "3,1,1,1", "--batch-size", 8, "--steps", 12,
          "--log-every", 4, "--checkpoint-every", 4)
 
 
@@ -704,8 +705,8 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
         ((*drawn, "--image-size", 100), "--image-size"),
         ((*drawn, "--image-size", 32), "--image-size"),
         ((*drawn, "--adapter-size", 50), "--adapter-size"),
-        ((*drawn, "--depths", "3,4"), "--depths"),
-        ((*drawn, "--depths", "3,4,0"), "--depths"),
+        ((*drawn, "--depths", "3,4,6"), "--depths"),
+        ((*drawn, "--depths", "3,3,4,0"), "--depths"),
         ((*drawn, "--tokens", 0), "--tokens"),
         ((*drawn, "--head-width", 0), "--head-width"),
         ((*drawn, "--adapter", "batch-norm"), "--adapter"),
@@ -716,7 +717,7 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
         ((*drawn, "--mu", "-1"), "--mu"),
         ((*drawn, "--out", finished[0]), "--overwrite"),
         (("--eval", tmp_path / "omniad.pt"), "omniad.pt"),
-        (("--eval", checkpoint, "--depths", "2,1,1"), "checkpoint.pt"),
+        (("--eval", checkpoint, "--depths", "2,1,1,1"), "checkpoint.pt"),
         (("--eval", checkpoint, "--no-prompts"), "checkpoint.pt"),
         (("--eval", checkpoint, "--predict", tiny_data, "--class-at-test", "given"), "--class-at-test"),
         ((*drawn, "--lr", "1e30", "--steps", 4), "NaN"),
