@@ -14,7 +14,7 @@ student's residual blocks (AdaIN), so that the student follows a change of light
       selector    ζ: mean of φ over positions = ẑ0 (B,2048) ──linear──> class; picks z at test
       adapter     ξ: image ──ResNet-18, mean, linear──> γ, β of every residual block (B, 2 x 6656)
       student     φ ──3 blocks, x2──prompts──> f̂3 ──4, x2──prompts──> f̂2 ──6, x2──prompts──> f̂1
-      loss        0.95 L_KD + 0.025 (L_CE + L_ζ) + 0.025 L_CS                         (Eqs. 4 to 6)
+      loss        0.95 L_KD + 0.025 L_CE + 0.025 L_CS (Eqs. 4 to 6) + 0.025 L_ζ
       map         Σᵢ 1 - cos(f̂ᵢ, fᵢ), resized to 256, Gaussian σ = 4;   image score = maximum
 
     prompts of one stage, F (B,n,C) the map's positions, z (B,10,C) the prompts of the class
@@ -135,8 +135,9 @@ class Args(Options):
         choices=("constant", "step", "cosine"),
     )
     eta: float = option(0.95, "weight of L_KD (η of Eq. 6)", group="training", low=0.0)
-    delta: float = option(
-        0.025, "weight of L_CE and of the selector's loss (δ)", group="training", low=0.0
+    delta: float = option(0.025, "weight of L_CE (δ)", group="training", low=0.0)
+    zeta: float = option(
+        0.025, "weight of L_ζ, the selector's own loss (not in Eq. 6)", group="training", low=0.0
     )
     mu: float = option(0.025, "weight of L_CS (μ)", group="training", low=0.0)
     distance: str = option(
@@ -549,8 +550,7 @@ class ROADS(nn.Module):
 
 
 def losses(model, maps, images, class_number, shifted, args):
-    """Eq. 6, with the selector's own loss L_ζ beside L_CE. Arguments as for ROADS; class_number is
-    the true one.
+    """Eq. 6, and the selector's own loss L_ζ. Arguments as for ROADS; class_number is the true one.
 
     Returns the total and the parts (scalars): kd (Eq. 5); with prompts ce and selector; with the
     adapter cs (Eq. 4) and code_variance, which is no loss: the variance of the codes between the
@@ -573,8 +573,8 @@ def losses(model, maps, images, class_number, shifted, args):
         # one code for all pictures makes L_CS least; the log would show it here
         variance = code.detach().var(0, correction=0).mean()
         parts |= {"cs": L_CS, "code_variance": variance}
-    total = args.eta * L_KD + args.delta * (L_CE + L_zeta) + args.mu * L_CS  # Eq. 6
-    return total, parts
+    total = args.eta * L_KD + args.delta * L_CE + args.mu * L_CS  # Eq. 6
+    return total + args.zeta * L_zeta, parts
 
 
 # ----------------------------------------------------------------------------- out-of-domain views
@@ -892,7 +892,8 @@ def setting_of(args, features, model, state):
         )
     return setting | {
         "distillation": args.distance,
-        "weights of the losses": f"{args.eta:g}, {args.delta:g}, {args.mu:g}",
+        "weights of the losses": f"η {args.eta:g}, δ {args.delta:g}, μ {args.mu:g}, "
+        f"ζ {args.zeta:g}",
         "smoothing": f"Gaussian, sigma {args.sigma:g}" if args.sigma else "none",
         "image score": name_of_rule("max"),
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -255,8 +255,8 @@ def test_block_follows_its_own_images_style():
 @pytest.mark.parametrize("distance", ["flat", "location"])
 def test_losses_are_equations_4_to_6(distance):
     """L_KD: 1 - cos per scale, of whole maps or location by location; L_CE and L_ζ: cross-entropies of the true class;
-    L_CS: 1 - cos of the two codes; weights η, δ, δ, μ."""
-    model, args = make(distance=distance)
+    L_CS: 1 - cos of the two codes; weights η, δ, ζ, μ."""
+    model, args = make(distance=distance, zeta=0.5)
     stirred(model)
     maps, view, shifted = teacher_maps(), pictures(), pictures(seed=3)
     total, parts = roads.losses(model, maps, view, LABELS, shifted, args)
@@ -280,8 +280,8 @@ def test_losses_are_equations_4_to_6(distance):
     assert parts["cs"].item() == pytest.approx(np.mean([1 - cos(a, b) for a, b in zip(codes, others)]), rel=1e-3)
     assert parts["code_variance"].item() == pytest.approx(codes.var(0).mean(), rel=1e-4)
     value = {name: part.item() for name, part in parts.items()}
-    assert total.item() == pytest.approx(0.95 * value["kd"] + 0.025 * (value["ce"] + value["selector"] + value["cs"]),
-                                         rel=1e-5)
+    assert total.item() == pytest.approx(
+        0.95 * value["kd"] + 0.025 * (value["ce"] + value["cs"]) + 0.5 * value["selector"], rel=1e-5)
 
 
 def test_out_of_domain_views_pass_through_the_adapter_only():
@@ -359,6 +359,25 @@ def test_gradient_reaches_every_trainable_parameter(changes, frozen):
     assert [n for n in dead if not n.endswith("to_k.bias")] == []
     assert all(p.grad is None and not p.requires_grad for n, p in model.named_parameters() if n not in trainable)
     assert not model.adapter or not model.train().adapter.network.training
+
+
+def reached(model, args):
+    """The first names of the parameters that get a gradient from the total loss."""
+    stirred(model)
+    roads.losses(model, teacher_maps(), pictures(), LABELS, pictures(seed=3), args)[0].backward()
+    return {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+def test_every_loss_has_its_own_weight():
+    """δ = 0 leaves ζ trained, as ζ's weight 0 leaves the classifier; with μ = 0 the adapter learns from L_KD alone."""
+    everything = {"bottleneck", "stages", "pool", "promptings", "selector", "classifier", "adapter"}
+    assert reached(*make()) == everything
+    assert reached(*make(delta=0.0)) == everything - {"classifier"}
+    assert reached(*make(zeta=0.0)) == everything - {"selector"}
+    zeta_alone = make(eta=0.0, delta=0.0, mu=0.0)
+    assert reached(*zeta_alone) == {"bottleneck", "selector"}
+    assert reached(*make(prompts=False, mu=0.0)) == {"bottleneck", "stages", "adapter"}
+    assert reached(*make(prompts=False, mu=0.0, eta=0.0)) == set()
 
 
 def test_overfits_a_few_images():
@@ -643,7 +662,7 @@ def test_class_at_test_given(finished, tiny_data, tmp_path, command, metrics_of)
 
 
 @pytest.mark.parametrize("words, adapter, logged", [
-    (("--no-prompts",), "efficientnet_lite0", {"kd", "cs", "code_variance"}),
+    (("--no-prompts", "--mu", 0), "efficientnet_lite0", {"kd", "cs", "code_variance"}),
     (("--no-adapter",), "none", {"kd", "ce", "selector"}),
     (("--no-prompts", "--no-adapter"), "none", {"kd"}),
     (("--adapter", "none"), "none", {"kd", "ce", "selector"}),
