@@ -721,8 +721,8 @@ def class_numbers(samples, class_names):
 class Scorer:
     """A trained model as a function (images, samples) -> (maps (B, S, S), image scores (B,)).
 
-    With prompts it also keeps account of the selector: `class_of`, {path: chosen class}, and what
-    `selection` reports.
+    With prompts it keeps account of the selector: `class_of`, {path: chosen class}, and what
+    `selection` reports. After `follow` it keeps codes of the adapter, for `code_cosines`.
     """
 
     def __init__(self, args, run, features, model, class_names):
@@ -730,33 +730,33 @@ class Scorer:
         self.class_names = class_names
         self.class_of = {}
         self.account = []  # (class, label, selector was right, score with the true class's prompts)
+        self.followed = set()  # paths
+        self.codes, self.clean_codes = {}, {}  # {path: code of norm 1}, of this and the first pass
 
     @torch.no_grad()
     def __call__(self, images, samples):
         maps = self.features.maps(images)
-        if not self.args.prompts:
-            anomaly, scores, _ = self.score(maps, images)
-            return anomaly, scores
         true = torch.tensor(class_numbers(samples, self.class_names), device=images.device)  # (B,)
-        if self.args.class_at_test == "given":
-            anomaly, scores, chosen = self.score(maps, images, true)
+        given = self.args.class_at_test == "given"
+        anomaly, scores, out = self.score(maps, images, true if given else None)
+        if "selector" in out:
+            chosen = out["selector"].argmax(1)  # (B,)
             scores_given = scores
-        else:
-            anomaly, scores, chosen = self.score(maps, images)
-            scores_given = self.score_given(maps, images, true, chosen, scores)
-        self.keep_account(samples, true, chosen, scores_given)
+            if not given:
+                scores_given = self.score_given(maps, images, true, chosen, scores)
+            self.keep_account(samples, true, chosen, scores_given)
+        if "code" in out:
+            self.keep_codes(samples, out["code"])
         return anomaly, scores
 
     def score(self, maps, images, class_number=None):
-        """Anomaly maps (B, S, S), image scores (B,), and the selector's choices (B,), or None
-        without prompts."""
+        """Anomaly maps (B, S, S), image scores (B,), and all that the model gave."""
         with self.run.autocast():
             out = self.model(maps, images, class_number)
         rebuilt = [f.float() for f in out["maps"]]
         anomaly = kernels.cosine_map(maps, rebuilt, self.args.image_size, reduce="sum")
         anomaly = gaussian(anomaly, self.args.sigma)
-        chosen = out["selector"].argmax(1) if self.args.prompts else None
-        return anomaly, image_score(anomaly, "max"), chosen
+        return anomaly, image_score(anomaly, "max"), out
 
     def score_given(self, maps, images, true, chosen, scores):
         """The image scores if each image gets its own class's prompts: only where the selector
@@ -780,24 +780,65 @@ class Scorer:
         """The column `class` of --predict."""
         return self.class_of[sample.image]
 
+    def follow(self, samples):
+        """Keep the codes of 256 of these images, or a few more, from all parts of the data."""
+        every = max(1, len(samples) // 256)
+        self.followed = {sample.image for sample in samples[::every]}
+
+    def keep_codes(self, samples, code):
+        code = F.normalize(code.float(), dim=1).cpu()  # (B, 2 Σ widths)
+        for sample, row in zip(samples, code):
+            if sample.image in self.followed:
+                self.codes[sample.image] = row
+
     @torch.no_grad()
     def pooled(self, images):
         """ẑ0, the mean of φ over its positions: (B, 3, S, S) -> (B, 2 C3), for CADA."""
         with self.run.autocast():
             return self.model.bottleneck(*self.features.maps(images)).mean((2, 3))
 
+    def of_pass(self):
+        """What the report says of the images scored since the last call, on all ranks."""
+        found = {}
+        if self.args.prompts:
+            found |= self.selection()
+        if self.followed:
+            found |= self.code_cosines()
+        return found
+
     def selection(self):
-        """Of the images scored since the last call, on all ranks, whose class was trained: the
-        share for which the selector chose it, and the mean I-AUROC if all images get the prompts
-        of their own class."""
+        """Over the images whose class was trained: the share for which the selector chose it, and
+        the mean I-AUROC if all images get the prompts of their own class. None without such."""
         account, self.account = self.run.gather(self.account), []
-        if not account:
-            return {}
-        names, labels, right, scores = zip(*account)
-        names, labels, scores = np.array(names), np.array(labels), np.array(scores, np.float32)
-        one_pixel = scores[:, None, None], labels[:, None, None]  # only image metrics are wanted
-        given = metrics.evaluate(*one_pixel, scores, labels, names)["mean"]["i_auroc"]
-        return {"selector accuracy": sum(right) / len(right), "I-AUROC, class given": given}
+        accuracy = given = None
+        if account:
+            names, labels, right, scores = zip(*account)
+            names, labels, scores = np.array(names), np.array(labels), np.array(scores, np.float32)
+            one_pixel = scores[:, None, None], labels[:, None, None]  # image metrics are wanted
+            given = metrics.evaluate(*one_pixel, scores, labels, names)["mean"]["i_auroc"]
+            accuracy = sum(right) / len(right)
+        return {"selector accuracy": accuracy, "I-AUROC, class given": given}
+
+    def code_cosines(self):
+        """Mean cosine of the adapter's codes of an image and of the same image in the first pass,
+        which is the clean one (None in that), and of two different images.
+
+        A code that follows the image and not its domain has the first near 1 and the second lower.
+        """
+        codes, self.codes = dict(self.run.gather(list(self.codes.items()))), {}
+        same = None
+        if self.clean_codes:
+            products = [codes[path] @ self.clean_codes[path] for path in codes]
+            same = torch.stack(products).mean().item()
+        else:
+            self.clean_codes = codes
+        n = len(codes)
+        different = None
+        if n > 1:
+            # of the n² products of all with all, whose sum is |Σ code|², n are with oneself
+            total = torch.stack(list(codes.values())).sum(0).square().sum().item()
+            different = (total - n) / (n * (n - 1))
+        return {"code cosine, clean copy": same, "code cosine, others": different}
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -809,6 +850,8 @@ def main(method="roads"):
     run = runtime.start(args, method)
     kernels.set_backend(args.kernels)
     state = run.checkpoint_to_evaluate(args)
+    if args.predict:
+        check_normal_score(state, args)
     dataset, images = runtime.training_data(run, args)
     class_names = state["classes"] if state else dataset.classes
     check_classes(args, dataset, class_names)
@@ -829,6 +872,8 @@ def main(method="roads"):
         if args.prompts:
             columns["class"] = score.class_chosen
         return report.predict(run, args, score, state["normal_score"], columns)
+    if args.shift and model.adapter:
+        score.follow(dataset.test)
     report.evaluate(
         run,
         args,
@@ -837,7 +882,7 @@ def main(method="roads"):
         setting=setting_of(args, features, model, state),
         seconds=state["seconds"],
         paper=paper_numbers(dataset, args),
-        extra=score.selection,
+        extra=score.of_pass,
         pooled=score.pooled,
     )
 
@@ -870,6 +915,24 @@ def check_classes(args, dataset, class_names):
             raise UsageError(
                 f"--class-at-test given: {args.eval} knows no class '{name}'; it was trained on "
                 f"{', '.join(class_names)}"
+            )
+
+
+def check_normal_score(state, args):
+    """--predict: files must be scored as the training images were whose scores they are compared
+    with. (--class-at-test may differ, since the selector knows its training images.)"""
+    if "normal_score" not in state:
+        raise UsageError(
+            f"--predict: {args.eval} was interrupted at step {state['step']} and has no normal "
+            "score to compare with; finish the run with --resume first"
+        )
+    for name in ("image_size", "adapter_size", "sigma"):
+        before, now = state["args"][name], getattr(args, name)
+        if before != now:
+            raise UsageError(
+                f"--predict: the checkpoint's normal score was taken with "
+                f"--{name.replace('_', '-')} {before}, so it says nothing about {now}; leave "
+                "that option out"
             )
 
 

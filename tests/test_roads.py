@@ -558,14 +558,39 @@ def test_selection_report():
     _, expected = given(images[known], part)
     assert not torch.allclose(value[:2], expected[:2])
     assert [value for *_, value in score.account] == pytest.approx(expected.tolist(), rel=1e-5)
-    report = score.selection()
+    report = score.of_pass()
     assert report["selector accuracy"] == pytest.approx(5 / 7)
     aucs = [roc_auc_score([s.label for s in part if s.cls == cls], [v for s, v in zip(part, expected) if s.cls == cls])
             for cls in "abc" if len({s.label for s in part if s.cls == cls}) == 2]
     assert report["I-AUROC, class given"] == pytest.approx(np.mean(aucs))
-    assert given.selection() == pytest.approx(report)
-    assert score.selection() == {}
+    assert given.of_pass() == pytest.approx(report)
+    assert score.of_pass() == {"selector accuracy": None, "I-AUROC, class given": None}
     assert list(score.class_of.values())[:3] == ["abc"[g] for g in guess[:3]]
+
+
+def test_code_cosines():
+    """Cosines of the adapter's codes: of an image with itself in the first pass, of each image with each other one.
+    Of followed images only; without prompts there is nothing else to report; in the first pass no clean copy."""
+    score, model = scorer(prompts=False)
+    images, eight = pictures(8, 64), samples("abcabcab")
+    assert score(images, eight) and score.of_pass() == {}, "only where it is asked for"
+    score.follow(eight[:6])
+    mean_of = {}
+    codes = {}
+    for name, shown in (("clean", images), ("shifted", 255 - images)):
+        for part in (slice(0, 5), slice(5, 8)):
+            score(shown[part], eight[part])
+        mean_of[name] = score.of_pass()
+        with torch.no_grad():
+            codes[name] = model.adapter(shown)[:6].double()
+    for name, code in codes.items():
+        pairs = [F.cosine_similarity(code[i], code[j], dim=0).item() for i in range(6) for j in range(6) if i != j]
+        assert mean_of[name]["code cosine, others"] == pytest.approx(np.mean(pairs), rel=1e-5)
+    same = F.cosine_similarity(codes["clean"], codes["shifted"]).mean().item()
+    assert mean_of["clean"]["code cosine, clean copy"] is None
+    assert mean_of["shifted"]["code cosine, clean copy"] == pytest.approx(same, rel=1e-5)
+    score.follow([*eight] * 100)
+    assert len(score.followed) == 8, "spread over all of the data"
 
 
 def test_paper_numbers():
@@ -640,6 +665,11 @@ def test_shift(finished, tmp_path, command, metrics_of):
         assert 0 <= condition["setting"]["selector accuracy"] <= 1
         assert 0 <= condition["setting"]["I-AUROC, class given"] <= 1
         assert set(condition["classes"]) == {"screw", "woven_cloth"}
+        assert 0 < condition["setting"]["code cosine, others"] <= 1
+    assert metrics_of(out)["setting"]["code cosine, clean copy"] is None
+    for condition in shift.values():
+        assert 0 < condition["setting"]["code cosine, clean copy"] <= 1
+    assert "code cosine, clean copy" in done.out
 
 
 def test_class_at_test_given(finished, tiny_data, tmp_path, command, metrics_of):
@@ -658,7 +688,25 @@ def test_class_at_test_given(finished, tiny_data, tmp_path, command, metrics_of)
     refused = command("roads", *words, "--class-at-test", "given", "--out", tmp_path / "refused")
     assert refused.status == 2 and "'bolt'" in refused.err and refused.err.count("\n") == 1
     assert command("roads", *words, "--out", tmp_path / "bolt").status == 0
-    assert "selector accuracy" not in metrics_of(tmp_path / "bolt")["setting"]
+    assert metrics_of(tmp_path / "bolt")["setting"]["selector accuracy"] is None
+    assert metrics_of(tmp_path / "bolt")["setting"]["I-AUROC, class given"] is None
+
+
+def test_interrupted_run(finished, tiny_data, tmp_path, command, metrics_of):
+    """Its checkpoint can be evaluated, and the report says after how many steps; --predict, which lacks the normal
+    score, ends in one line."""
+    state = torch.load(finished[0] / "checkpoint.pt", weights_only=True)
+    state["finished"] = []
+    state["step"] = 4
+    del state["normal_score"]
+    checkpoint = tmp_path / "checkpoint.pt"
+    torch.save(state, checkpoint)
+    done = command("roads", "--eval", checkpoint, "--out", tmp_path / "eval", "--classes", "screw")
+    assert done.status == 0, done.err
+    assert metrics_of(tmp_path / "eval")["setting"]["steps"] == 4
+    done = command("roads", "--eval", checkpoint, "--predict", tiny_data / "screw", "--out", tmp_path / "p")
+    assert done.status == 2 and "--resume" in done.err and done.err.count("\n") == 1
+    assert not (tmp_path / "p").exists()
 
 
 @pytest.mark.parametrize("words, adapter, logged", [
@@ -739,6 +787,8 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
         (("--eval", checkpoint, "--depths", "2,1,1,1"), "checkpoint.pt"),
         (("--eval", checkpoint, "--no-prompts"), "checkpoint.pt"),
         (("--eval", checkpoint, "--predict", tiny_data, "--class-at-test", "given"), "--class-at-test"),
+        (("--eval", checkpoint, "--predict", tiny_data, "--sigma", 2), "--sigma"),
+        (("--eval", checkpoint, "--predict", tiny_data, "--image-size", 96), "--image-size"),
         ((*drawn, "--lr", "1e30", "--steps", 4), "NaN"),
     ]
     contract.check_bad_input(roads, cases, SMALL, finished, tmp_path, command)
