@@ -1,10 +1,16 @@
 """Which implementation runs: the Triton kernel or plain PyTorch, and the guarded import of Triton.
 
-Triton exists on Linux only. Elsewhere `triton` is None here, the kernels are never compiled, and the plain PyTorch
-path does all the work.
+Triton exists on Linux only. Elsewhere `triton` is None here, the kernels are never compiled, and the
+plain PyTorch path does all the work. Where it exists it can still fail (no C compiler, an old driver,
+a card without bf16), so before "auto" uses a kernel it runs a tiny example on this card, once per
+operation, dtype and process; if that fails, one line on stderr says so, and PyTorch does the work.
 """
 
+import functools
+import json
 import os
+import sys
+from pathlib import Path
 
 import torch
 
@@ -27,14 +33,16 @@ else:
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides when it reads a kernel, so do we
 BACKENDS = ("auto", "triton", "torch")
+RESULTS = Path(__file__).parent / "results"  # what `python -m kernels.check` found, a file per card
 _default = "auto"
+_trials = {}  # operation -> function (device, dtype) that raises if the kernel does not work there
 
 
 def set_backend(name):
     """What `backend="auto"` means in this process from now on (the scripts' `--kernels` option).
 
-    name: "auto" (Triton for CUDA tensors, plain PyTorch for all others), "triton" or "torch". Raises ValueError for
-    any other name.
+    name: "auto" (Triton for CUDA tensors where it works and is not slower, plain PyTorch otherwise),
+    "triton" or "torch". Raises ValueError for any other name.
     """
     global _default
     if name not in BACKENDS:
@@ -42,23 +50,29 @@ def set_backend(name):
     _default = name
 
 
-def use_triton(backend, tensor, unsupported=None):
-    """True if an operation on `tensor` shall run the Triton kernel, False for plain PyTorch.
+def use_triton(backend, operation, tensor, unsupported=None, shape=""):
+    """True if `operation` on `tensor` shall run the Triton kernel, False for plain PyTorch.
 
-    unsupported: what the kernel cannot do with these arguments, or None; then "auto" takes plain PyTorch.
-    Raises ValueError for an unknown backend or if Triton was asked for and the kernel cannot do it, and RuntimeError
-    if Triton was asked for and cannot run here.
+    unsupported: what the kernel cannot do with these arguments, or None; then "auto" takes PyTorch.
+    shape: names the sizes; "auto" takes PyTorch for those where `kernels.check` saw the kernel lose.
+    Raises ValueError for an unknown backend or if Triton was asked for and the kernel cannot do it, and
+    RuntimeError if Triton was asked for and cannot run here.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
         backend = _default
-    if backend == "auto":
-        return HAS_TRITON and tensor.is_cuda and unsupported is None
     if backend == "torch":
         return False
+    if backend == "auto":
+        if not HAS_TRITON or unsupported or not on_gpu(tensor):
+            return False
+        row = f"{operation} {shape} {dtype_name(tensor.dtype)}"
+        return works(operation, tensor.device, tensor.dtype) and row not in lost(tensor.device)
     if not HAS_TRITON:
-        raise RuntimeError('backend "triton" needs the triton package (Linux only); use "auto" or "torch"')
+        raise RuntimeError(
+            'backend "triton" needs the triton package (Linux only); use "auto" or "torch"'
+        )
     if not tensor.is_cuda and not INTERPRET:
         raise RuntimeError(
             f'backend "triton" needs CUDA tensors, got {tensor.device}; use "auto" or "torch", '
@@ -69,9 +83,144 @@ def use_triton(backend, tensor, unsupported=None):
     return True
 
 
+def on_gpu(tensor):
+    return tensor.is_cuda
+
+
+def dtype_name(dtype):
+    """torch.float32 -> "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+# --------------------------------------------------------------------------------------------------
+# What "auto" wants to know of this card
+# --------------------------------------------------------------------------------------------------
+
+
+def trial(operation):
+    """Decorator of a function (device, dtype) that tries an operation's kernels, forward and backward,
+    on a tiny example, and raises if they fail or compute something wrong."""
+
+    def register(function):
+        _trials[operation] = function
+        return function
+
+    return register
+
+
+def trial_tensors(shapes, device, dtype):
+    """Normal numbers, always the same, whose gradients can be taken; the global generator is not touched."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    return [x.to(device, dtype).requires_grad_() for x in tensors]
+
+
+@torch.compiler.assume_constant_result  # torch.compile asks once, and does not look inside
+@functools.lru_cache(maxsize=None)
+def works(operation, device, dtype):
+    """True if the operation's kernels pass their trial; if not, one line on stderr, the first time."""
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), no_autocast(device):
+            _trials[operation](device, dtype)
+    except Exception as error:  # whatever it is, PyTorch can still do the work
+        reason = str(error).strip().splitlines() or [""]
+        print(
+            f"kernels: {operation} in {dtype_name(dtype)} does not work on {device} "
+            f"({type(error).__name__}: {reason[0][:120]}): plain PyTorch is used; "
+            "`python -m kernels.check` says more",
+            file=sys.stderr,
+        )
+        return False
+    return True
+
+
+def no_autocast(device):
+    return torch.autocast(device.type, enabled=False)
+
+
+def compare(ours, expected, dtype):
+    """Raise AssertionError unless two lists of tensors agree, each relative to its own size.
+
+    The size is the largest absolute value expected. An error that is not a number does not agree.
+    """
+    tolerance = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}[dtype]
+    for i, (x, y) in enumerate(zip(ours, expected, strict=True)):
+        if x.shape != y.shape:
+            raise AssertionError(f"result {i} has shape {tuple(x.shape)}, not {tuple(y.shape)}")
+        error = (x.double() - y.double()).abs().max().item()
+        size = y.double().abs().max().item()
+        if not error <= tolerance * size:
+            raise AssertionError(f"result {i} is wrong by {error:.2g} of {size:.2g}")
+
+
+@torch.compiler.assume_constant_result
+@functools.lru_cache(maxsize=None)
+def lost(device):
+    """The rows, "operation shape dtype", for which `kernels.check` on such a card saw PyTorch win."""
+    if device.type != "cuda":
+        return frozenset()
+    file = results_file(torch.cuda.get_device_name(device))
+    if not file.exists():
+        return frozenset()
+    rows = json.loads(file.read_text())["rows"]
+    return frozenset(row["row"] for row in rows if row["verdict"] == "slower")
+
+
+def results_file(card):
+    """Where the results of a card of this name are kept."""
+    return RESULTS / f"{card.replace(' ', '-').replace('/', '-')}.json"
+
+
+@functools.lru_cache(maxsize=None)
+def cores(device):
+    """Streaming multiprocessors of the device; those of an A100 where there is none."""
+    if device.type != "cuda":
+        return 108
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# --------------------------------------------------------------------------------------------------
+# Small helpers of the operations
+# --------------------------------------------------------------------------------------------------
+
+
 def autocast(*tensors):
-    """The tensors in autocast's dtype if autocast is on for their device (as `torch.matmul` does), else as they are."""
+    """The tensors in autocast's dtype if autocast is on for their device, else as they are.
+
+    As `torch.matmul` does it: float64 stays float64.
+    """
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(device) or any(t.dtype == torch.float64 for t in tensors):
         return tensors
     return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
+
+
+_library = torch.library.Library("anomaly_kernels", "DEF")
+
+
+def opaque(shapes):
+    """Decorator: for torch.compile the function is one operation, which it does not look into.
+
+    shapes: function of the same arguments that returns empty tensors like the results. A kernel's
+    launch reads addresses and strides, which do not exist while torch.compile traces. The function's
+    annotations are its schema; it must not change its arguments, nor return them. Outside
+    torch.compile it is called directly, since going through PyTorch's dispatcher takes as long as
+    launching a kernel.
+    """
+
+    def decorate(function):
+        name = function.__name__
+        _library.define(name + torch.library.infer_schema(function, mutates_args=()))
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"anomaly_kernels::{name}", shapes, lib=_library)
+        operation = getattr(torch.ops.anomaly_kernels, name)
+
+        @functools.wraps(function)
+        def call(*arguments):
+            if torch.compiler.is_compiling():
+                return operation(*arguments)
+            return function(*arguments)
+
+        return call
+
+    return decorate

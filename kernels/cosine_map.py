@@ -1,96 +1,106 @@
 """Cosine distance between teacher and student features, as an anomaly map and as a training loss.
 
-    ts = sum_c t_c s_c    tt = sum_c t_c^2    ss = sum_c s_c^2        three moments per location and scale
-    d  = 1 - ts / (max(sqrt(tt), eps) max(sqrt(ss), eps))             distance per location and scale
-    A(y, x) = sum over scales of bilinear(d)(y, x)                    anomaly map (or mean, or product)
+    ts = sum_c t_c s_c    tt = sum_c t_c^2    ss = sum_c s_c^2     three moments per location and scale
+    d  = 1 - ts / (max(sqrt(tt), eps) max(sqrt(ss), eps))          distance per location and scale
+    A(y, x) = sum over scales of bilinear(d)(y, x)                 anomaly map (or their mean)
+    L = sum over scales of the mean of d                           loss
 
-The features are large, everything after them is small, so the work has two steps (who reads what, for one image):
+The features are large, everything after them is small, so the work has two steps (who reads what, for
+one image):
 
-    teacher (C, h, w) --+   step 1, per scale: a program per             step 2, all scales at once: a program per
-                        |   block of locations walks down the   moments  block of map pixels samples four cells of
-    student (C, h, w) --+   channels with three running sums     ----->  each scale, adds up: map, its sum and maximum
+    teacher (C, h, w) --+  step 1, per scale: a program per            step 2, all scales at once: map
+                        |  block of locations walks down the  moments  pixels sample four cells of each
+    student (C, h, w) --+  channels with three running sums    ----->  scale; or: one loss
 
-Bytes that must move for B images, features of e bytes each, and no more do: 2 e B sum(C h w) read in step 1,
-12 B sum(h w) written there and read in step 2 (from cache), 4 B H W written. Backward of the loss: the features read
-once more, e B sum(C h w) written. Plain `F.cosine_similarity` + `F.interpolate` reads and writes normalised copies and
-products of all features, and a full-resolution map per scale: about five times as much. At the sizes of reverse
-distillation (256 x 64^2, 512 x 32^2, 1024 x 16^2, 256^2 out, fp32) that is 14.7 MB read and 0.33 MB written per image.
+Bytes that must move for B images, features of e bytes each: 2 e B sum(C h w) read in step 1, 12 B
+sum(h w) written there and read in step 2 (from cache), 4 B H W written. Backward of the loss: the
+features read once more, e B sum(C h w) written. Plain `F.cosine_similarity` + `F.interpolate` reads
+and writes normalised copies and products of all features, and a full-resolution map per scale: about
+five times as much. At the sizes of reverse distillation (256 x 64^2, 512 x 32^2, 1024 x 16^2, 256^2
+out, fp32) that is 14.7 MB read and 0.33 MB written per image.
 
-Read in this order: `moments_torch`, `_moments_kernel`, `_moments_grad_kernel`, `sample_torch`, `_sample_kernel`,
-`_sample_grad_kernel`. kernels/README.md is the guided tour; `python -m kernels.bench` measures against the bytes above.
+Read in this order: `cosine_map_formula`, `cosine_loss_formula`, `moments_torch`, `_moments_kernel`,
+`_moments_grad_kernel`, `_sample_kernel`, `_loss_kernel`. kernels/README.md is the guided tour;
+`python -m kernels.bench` measures against the bytes above.
 """
 
 import functools
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backend import tl, triton, use_triton
+from .backend import compare, cores, opaque, tl, trial, trial_tensors, triton, use_triton
 
 EPS = 1e-8  # a norm below this counts as this, as in F.cosine_similarity
-BLOCK_C, BLOCK_P = 32, 64  # tile of the feature kernels: channels x locations
 BLOCK_Y = 1024  # map pixels per program
-REDUCE = ("sum", "mean", "product")
+REDUCE = ("sum", "mean")
 
 
-def cosine_map(teachers, students, size, reduce="sum", *, return_stats=False, backend="auto"):
-    """Anomaly map: per scale 1 - cos(teacher, student) along the channels, resized to `size`, reduced over scales.
+@torch.no_grad()
+def cosine_map(teachers, students, size, reduce="sum", *, backend="auto"):
+    """Anomaly map: per scale 1 - cos(teacher, student) along the channels, resized, reduced over scales.
 
-    teachers      list of (B, C, h, w) feature maps, one per scale, each scale with its own C, h, w; floating dtype.
-    students      list of maps of the same shapes. Gradients flow to them; teachers are constants.
-    size          (H, W) of the map, or one int for both. Bilinear, corners aligned.
-    reduce        over the scales: "sum" (reverse distillation), "mean" or "product".
-    return_stats  also return each image's mean and maximum over its map (CADA's calibration targets), from the same
-                  pass; they carry no gradient.
-    backend       "auto" (Triton on CUDA tensors, plain PyTorch elsewhere; see `set_backend`), "triton" or "torch".
+    teachers  list of (B, C, h, w) feature maps, one per scale, each scale with its own C, h, w; floating
+              dtype, which may differ from map to map.
+    students  list of maps of the same shapes.
+    size      (H, W) of the map, or one int for both. Bilinear, corners aligned.
+    reduce    over the scales: "sum" (reverse distillation) or "mean".
+    backend   "auto" (Triton on CUDA tensors where it works, plain PyTorch elsewhere; see `set_backend`),
+              "triton" or "torch".
 
-    Returns the map (B, H, W), each scale's share in [0, 2]; float32 (float64 for float64 features); with return_stats
-    (map, mean (B,), maximum (B,)). Raises ValueError for shapes or options that do not fit, RuntimeError for Triton
-    where it cannot run.
+    Returns the map (B, H, W), each scale's share in [0, 2]; float32 (float64 for float64 features); it
+    carries no gradient, which `cosine_loss` does. Raises ValueError for shapes or options that do not
+    fit, RuntimeError for Triton where it cannot run.
     """
     grids = _check(teachers, students)
-    size = (size, size) if isinstance(size, int) else tuple(size)
+    height, width = _size(size)
     if reduce not in REDUCE:
         raise ValueError(f"cosine_map: reduce {reduce!r}: choose one of {', '.join(REDUCE)}")
-    on_triton = use_triton(backend, students[0], _unsupported(teachers, students))
-    moments = _Moments.apply(on_triton, len(teachers), *teachers, *students)  # (3, B, L)
-    if on_triton:
-        maps, sums, maxima = _Sample.apply(moments, tuple(grids), size, reduce)  # (B, H, W), two of (B, programs)
-        mean, maximum = sums.sum(dim=1) / (size[0] * size[1]), maxima.amax(dim=1)
-    else:
-        maps = sample_torch(moments, grids, size, reduce)  # (B, H, W)
-        mean, maximum = maps.detach().mean(dim=(1, 2)), maps.detach().amax(dim=(1, 2))
-    return (maps, mean, maximum) if return_stats else maps
+    if _use_triton(backend, teachers, students):
+        return map_triton(list(teachers), list(students), height, width, reduce == "mean")
+    return sample_torch(moments(teachers, students), grids, (height, width), reduce)
 
 
 def cosine_loss(teachers, students, flat=True, *, backend="auto"):
     """Reverse distillation's loss, 1 - cos(teacher, student), summed over the scales; a scalar.
 
-    flat=True compares each image's whole feature map as one vector of C*h*w numbers and averages over the images
-    (what RD4AD's code does); flat=False compares each location's C channels and averages over locations and images
-    (what the papers' formulas say). Arguments and errors as for `cosine_map`.
+    flat=True compares each image's whole feature map as one vector of C*h*w numbers and averages over
+    the images (what RD4AD's code does); flat=False compares each location's C channels and averages
+    over locations and images (what the papers' formulas say). Gradients flow to the students; teachers
+    are constants. A vector shorter than 1e-8 (a dead ReLU's zeros) has no direction: its gradient is
+    zero. Arguments and errors as for `cosine_map`; float32 (float64 for float64 features).
     """
     grids = _check(teachers, students)
-    on_triton = use_triton(backend, students[0], _unsupported(teachers, students))
-    moments = _Moments.apply(on_triton, len(teachers), *teachers, *students)  # (3, B, L)
-    scales = moments.split([h * w for h, w in grids], dim=2)  # each (3, B, h*w)
-    if flat:
-        scales = [m.sum(dim=2, keepdim=True) for m in scales]  # each (3, B, 1): the moments of the long vector
-    return sum(cosine_distance(m).mean() for m in scales)
+    if _use_triton(backend, teachers, students):
+        return _CosineLoss.apply(flat, len(teachers), *teachers, *students)
+    scales = moments(teachers, students).split([h * w for h, w in grids], dim=2)  # each (3, B, h*w)
+    total = 0.0
+    for m in scales:
+        if flat:
+            m = m.sum(dim=2)  # (3, B, h*w) -> (3, B): the moments of the long vector
+        total = total + cosine_distance(m).mean()
+    return total
 
 
 def _check(teachers, students):
     """Raise ValueError, in one line that says what is wrong, unless the maps fit; return [(h, w), ...]."""
     if len(teachers) != len(students) or not students:
-        raise ValueError(f"cosine distance: {len(teachers)} teacher and {len(students)} student maps: as many of each")
+        raise ValueError(
+            f"cosine distance: {len(teachers)} teacher and {len(students)} student maps: as many of each"
+        )
+    batch, device = students[0].shape[0], students[0].device
     for i, (t, s) in enumerate(zip(teachers, students)):
-        if t.ndim != 4 or t.shape != s.shape or t.shape[0] != students[0].shape[0]:
+        if t.ndim != 4 or t.shape != s.shape or t.shape[0] != batch:
             raise ValueError(
-                f"cosine distance: scale {i}: expected two (B, C, h, w) maps, B = {students[0].shape[0]}, "
+                f"cosine distance: scale {i}: expected two (B, C, h, w) maps, B = {batch}, "
                 f"got teacher {tuple(t.shape)} and student {tuple(s.shape)}"
             )
-        if not (t.is_floating_point() and s.is_floating_point() and t.device == s.device == students[0].device):
+        if t.numel() == 0:
+            raise ValueError(f"cosine distance: scale {i}: empty maps {tuple(t.shape)}")
+        floating = t.is_floating_point() and s.is_floating_point()
+        if not floating or t.device != device or s.device != device:
             raise ValueError(
                 f"cosine distance: scale {i}: floating-point maps on one device, "
                 f"got {t.dtype} on {t.device} and {s.dtype} on {s.device}"
@@ -98,33 +108,86 @@ def _check(teachers, students):
     return [tuple(s.shape[2:]) for s in students]
 
 
-def _unsupported(teachers, students):
-    """What the kernels cannot do with these inputs, in words, or None."""
+def _size(size):
+    """(H, W) of the map, from one int or a pair of them; ValueError for anything else."""
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
+        raise ValueError(f"cosine_map: size {size!r}: one positive int, or two (height, width)")
+    return pair
+
+
+def _use_triton(backend, teachers, students):
+    """True if the kernels shall run, see `backend.use_triton`."""
     dtypes = {x.dtype for x in (*teachers, *students)}
+    unsupported = None
     if not dtypes <= {torch.float32, torch.float16, torch.bfloat16}:
-        return f"cosine distance takes float32, float16 or bfloat16, got {', '.join(map(str, dtypes))}"
-    return None
+        names = ", ".join(sorted(map(str, dtypes)))
+        unsupported = f"cosine distance takes float32, float16 or bfloat16, got {names}"
+    shape = "+".join(shape_name(s.shape) for s in students)
+    return use_triton(backend, "cosine", students[0], unsupported, shape)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Step 1: moments. The only step that touches the features.
-# --------------------------------------------------------------------------------------------------------------------
+def shape_name(shape):
+    """(B, C, h, w) -> "CxHxW", a scale as `kernels.check` names it."""
+    return "x".join(map(str, shape[1:]))
+
+
+# --------------------------------------------------------------------------------------------------
+# The formula: what every other path is held to
+# --------------------------------------------------------------------------------------------------
+
+
+def cosine_map_formula(teachers, students, size, reduce="sum"):
+    """The definition of the map, as reverse distillation's code computes it; as `cosine_map`."""
+    maps = []
+    for t, s in zip(teachers, students):  # (B, C, h, w)
+        d = 1 - F.cosine_similarity(t, s, dim=1, eps=EPS).unsqueeze(1)  # (B, 1, h, w)
+        maps.append(F.interpolate(d, size=size, mode="bilinear", align_corners=True).squeeze(1))
+    total = torch.stack(maps).sum(dim=0)  # (S, B, H, W) -> (B, H, W)
+    return total / len(maps) if reduce == "mean" else total
+
+
+def cosine_loss_formula(teachers, students, flat=True):
+    """The definition of the loss; arguments as for `cosine_loss`."""
+    total = 0.0
+    for t, s in zip(teachers, students):  # (B, C, h, w)
+        if flat:
+            t, s = t.flatten(1), s.flatten(1)  # (B, C, h, w) -> (B, C h w)
+        total = total + (1 - F.cosine_similarity(t, s, dim=1, eps=EPS)).mean()
+    return total
+
+
+# --------------------------------------------------------------------------------------------------
+# The PyTorch path
+# --------------------------------------------------------------------------------------------------
+
+
+def moments(teachers, students):
+    """t.s, t.t and s.s per location, all scales side by side: (3, B, L) with L = sum(h w)."""
+    if students[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        return _Moments.apply(len(teachers), *teachers, *students)
+    parts = []
+    for t, s in zip(teachers, students):  # (B, C, h, w)
+        wide = torch.promote_types(s.dtype, torch.float32)
+        t, s = t.detach().to(wide), s.to(wide)
+        three = torch.stack([(t * s).sum(1), (t * t).sum(1), (s * s).sum(1)])  # (3, B, h, w)
+        parts.append(three.flatten(2))  # (3, B, h w)
+    return torch.cat(parts, dim=2)
 
 
 class _Moments(torch.autograd.Function):
-    """(on_triton, S, *teachers, *students) -> (3, B, L): t.t', t.s and s.s per location, all scales side by side."""
+    """The same, one image at a time: `moments_torch` and `moments_grad_torch` for every scale."""
 
     @staticmethod
-    def forward(ctx, on_triton, n_scales, *features):
+    def forward(ctx, n_scales, *features):
         ctx.save_for_backward(*features)
-        ctx.on_triton = on_triton
         teachers, students = features[:n_scales], features[n_scales:]
         cells = [s.shape[2] * s.shape[3] for s in students]
         wide = torch.promote_types(students[0].dtype, torch.float32)
-        moments = torch.empty(3, len(students[0]), sum(cells), dtype=wide, device=students[0].device)  # (3, B, L)
-        for t, s, out in zip(teachers, students, moments.split(cells, dim=2)):
-            (moments_triton if on_triton else moments_torch)(t, s, out)
-        return moments
+        result = torch.empty(3, len(students[0]), sum(cells), dtype=wide)  # (3, B, L)
+        for t, s, out in zip(teachers, students, result.split(cells, dim=2)):
+            moments_torch(t, s, out)
+        return result
 
     @staticmethod
     @once_differentiable
@@ -132,17 +195,17 @@ class _Moments(torch.autograd.Function):
         n_scales = len(ctx.saved_tensors) // 2
         teachers, students = ctx.saved_tensors[:n_scales], ctx.saved_tensors[n_scales:]
         grads = grad.split([s.shape[2] * s.shape[3] for s in students], dim=2)
-        gradient = moments_grad_triton if ctx.on_triton else moments_grad_torch
-        needed = ctx.needs_input_grad[2 + n_scales :]
-        student_grads = [gradient(t, s, g) if n else None for t, s, g, n in zip(teachers, students, grads, needed)]
-        return (None, None, *[None] * n_scales, *student_grads)
+        student_grads = []
+        for t, s, g, needed in zip(teachers, students, grads, ctx.needs_input_grad[1 + n_scales :]):
+            student_grads.append(moments_grad_torch(t, s, g) if needed else None)
+        return (None, *[None] * n_scales, *student_grads)
 
 
 def moments_torch(teacher, student, out):
     """Write t.s, t.t and s.s of (B, C, h, w) maps, summed over the channels, to out (3, B, h*w).
 
-    One image at a time, so that the products never leave the processor's cache: several times faster on CPUs than
-    the same three lines on the whole batch.
+    One image at a time, so that the products never leave the processor's cache: several times faster on
+    CPUs than the same three lines on the whole batch.
     """
     for i, (t, s) in enumerate(zip(teacher.detach(), student.detach())):  # (C, h, w)
         t, s = t.to(out.dtype), s.to(out.dtype)
@@ -160,18 +223,41 @@ def moments_grad_torch(teacher, student, grad):
     result = torch.empty_like(student)
     for i, (t, s) in enumerate(zip(teacher, student)):  # (C, h, w)
         by_ts, _, by_ss = grad[:, i].unflatten(1, s.shape[1:])  # (h, w) each
-        result[i] = torch.mul(t.to(grad.dtype), by_ts).addcmul_(s.to(grad.dtype), by_ss, value=2)
+        t, s = t.to(grad.dtype), s.to(grad.dtype)
+        result[i] = torch.mul(t, by_ts).addcmul_(s, by_ss, value=2)
     return result
 
 
-# Names in the kernels: c counts channels, p locations of one scale in row-major order, P = h * w; *_b, *_c, *_h, *_w
-# are strides over images, channels, rows, columns, so that NCHW and channels-last maps are read where they lie.
+def cosine_distance(moments):
+    """1 - cos from (3, ...) moments t.s, t.t, s.s; (...). No gradient where s has no direction."""
+    ts, tt, ss = moments
+    ts = torch.where(ss > EPS**2, ts, ts.detach())
+    return 1 - ts * tt.clamp_min(EPS**2).rsqrt() * ss.clamp_min(EPS**2).rsqrt()
+
+
+def sample_torch(moments, grids, size, reduce):
+    """The map (B, H, W) from the moments (3, B, L) of scales with the given (h, w) grids."""
+    total = 0.0
+    scales = cosine_distance(moments).split([h * w for h, w in grids], dim=1)  # each (B, h*w)
+    for d, grid in zip(scales, grids):
+        d = d.unflatten(1, (1, *grid))  # (B, h*w) -> (B, 1, h, w)
+        total = total + F.interpolate(d, size=size, mode="bilinear", align_corners=True).squeeze(1)
+    return total / len(grids) if reduce == "mean" else total
+
+
+# --------------------------------------------------------------------------------------------------
+# Step 1 as kernels: moments, the only step that touches the features.
+#
+# Names: c counts channels, p locations of one scale in row-major order, P = h * w; *_b, *_c, *_h, *_w
+# are strides over images, channels, rows, columns, so that NCHW and channels-last maps are read where
+# they lie.
+# --------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _pointers(x, b, x_b, x_c, x_h, x_w, c, p, width, FLAT: tl.constexpr):
-    """Pointers to channels c (BLOCK_C,) at locations p (BLOCK_P,) of image b; (BLOCK_C, BLOCK_P), 64-bit."""
-    if FLAT:  # rows follow each other without a gap: no division, and the compiler sees the contiguous run
+    """Pointers to channels c at locations p of image b, 64-bit: (BLOCK_C, BLOCK_P)."""
+    if FLAT:  # rows follow each other without a gap: no division, and the compiler sees the run
         location = p.to(tl.int64) * x_w
     else:
         location = (p // width).to(tl.int64) * x_h + (p % width).to(tl.int64) * x_w
@@ -195,8 +281,10 @@ def _moments_kernel(
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         mask = (c < C)[:, None] & (p < P)[None, :]
-        t_tile = tl.load(_pointers(t, b, t_b, t_c, t_h, t_w, c, p, width, FLAT_T), mask=mask, other=0.0).to(tl.float32)
-        s_tile = tl.load(_pointers(s, b, s_b, s_c, s_h, s_w, c, p, width, FLAT_S), mask=mask, other=0.0).to(tl.float32)
+        t_at = _pointers(t, b, t_b, t_c, t_h, t_w, c, p, width, FLAT_T)
+        s_at = _pointers(s, b, s_b, s_c, s_h, s_w, c, p, width, FLAT_S)
+        t_tile = tl.load(t_at, mask=mask, other=0.0).to(tl.float32)
+        s_tile = tl.load(s_at, mask=mask, other=0.0).to(tl.float32)
         ts += t_tile * s_tile
         tt += t_tile * t_tile
         ss += s_tile * s_tile
@@ -210,78 +298,34 @@ def _moments_kernel(
 def _moments_grad_kernel(
     t, t_b, t_c, t_h, t_w,  # teacher (B, C, h, w) and its strides
     s, s_b, s_c, s_h, s_w,  # student (B, C, h, w)
-    grad, grad_k, grad_b,  # gradient of the moments (3, B, P), fp32
+    factors, f_k, f_b,  # (2, B, P) fp32, from `_loss_kernel`, and its first two strides
+    upstream,  # gradient of the loss, one fp32 number
     ds, ds_b, ds_c, ds_h, ds_w,  # output: gradient of the student (B, C, h, w)
     C, P, width,
-    FLAT_T: tl.constexpr, FLAT_S: tl.constexpr, FLAT_DS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    FLAT_T: tl.constexpr, FLAT_S: tl.constexpr, FLAT_DS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
-    """Program (image, block of locations, block of channels): ds = grad_ts * t + 2 grad_ss * s."""
+    """Program (image, block of locations, block of channels): ds = factor_t * t + factor_s * s."""
     b = tl.program_id(0)
     p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (c < C)[:, None] & (p < P)[None, :]
-    grad += b.to(tl.int64) * grad_b + p
-    by_ts = tl.load(grad, mask=p < P, other=0.0)[None, :]
-    by_ss = tl.load(grad + 2 * grad_k, mask=p < P, other=0.0)[None, :]
-    t_tile = tl.load(_pointers(t, b, t_b, t_c, t_h, t_w, c, p, width, FLAT_T), mask=mask, other=0.0).to(tl.float32)
-    s_tile = tl.load(_pointers(s, b, s_b, s_c, s_h, s_w, c, p, width, FLAT_S), mask=mask, other=0.0).to(tl.float32)
-    ds_tile = by_ts * t_tile + 2 * by_ss * s_tile
-    tl.store(_pointers(ds, b, ds_b, ds_c, ds_h, ds_w, c, p, width, FLAT_DS), ds_tile.to(ds.dtype.element_ty), mask=mask)
+    factors += b.to(tl.int64) * f_b + p
+    by = tl.load(upstream)
+    of_t = by * tl.load(factors, mask=p < P, other=0.0)
+    of_s = by * tl.load(factors + f_k, mask=p < P, other=0.0)
+    t_at = _pointers(t, b, t_b, t_c, t_h, t_w, c, p, width, FLAT_T)
+    s_at = _pointers(s, b, s_b, s_c, s_h, s_w, c, p, width, FLAT_S)
+    t_tile = tl.load(t_at, mask=mask, other=0.0).to(tl.float32)
+    s_tile = tl.load(s_at, mask=mask, other=0.0).to(tl.float32)
+    ds_tile = of_t[None, :] * t_tile + of_s[None, :] * s_tile
+    ds_at = _pointers(ds, b, ds_b, ds_c, ds_h, ds_w, c, p, width, FLAT_DS)
+    tl.store(ds_at, ds_tile.to(ds.dtype.element_ty), mask=mask)
 
 
-def _flat(x):
-    """True if the rows of a (B, C, h, w) tensor follow each other without a gap."""
-    return x.stride(2) == x.shape[3] * x.stride(3)
-
-
-def moments_triton(teacher, student, out):
-    """`moments_torch` by the Triton kernel."""
-    B, C, h, w = student.shape
-    grid = (B, triton.cdiv(h * w, BLOCK_P))
-    with torch.cuda.device_of(student):
-        _moments_kernel[grid](
-            teacher, *teacher.stride(), student, *student.stride(), out, *out.stride()[:2], C, h * w, w,
-            FLAT_T=_flat(teacher), FLAT_S=_flat(student), BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P,
-        )
-
-
-def moments_grad_triton(teacher, student, grad):
-    """`moments_grad_torch` by the Triton kernel."""
-    B, C, h, w = student.shape
-    grad = grad if grad.stride(2) == 1 else grad.contiguous()  # it may come expanded, with stride 0
-    ds = torch.empty_like(student)
-    grid = (B, triton.cdiv(h * w, BLOCK_P), triton.cdiv(C, BLOCK_C))
-    with torch.cuda.device_of(student):
-        _moments_grad_kernel[grid](
-            teacher, *teacher.stride(), student, *student.stride(), grad, *grad.stride()[:2], ds, *ds.stride(),
-            C, h * w, w, FLAT_T=_flat(teacher), FLAT_S=_flat(student), FLAT_DS=_flat(ds),
-            BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P,
-        )
-    return ds
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Step 2: from moments to the map. Touches only three numbers per location.
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def cosine_distance(moments):
-    """1 - cos from (3, ...) moments t.s, t.t, s.s; (...)."""
-    ts, tt, ss = moments
-    return 1 - ts * tt.clamp_min(EPS**2).rsqrt() * ss.clamp_min(EPS**2).rsqrt()
-
-
-def sample_torch(moments, grids, size, reduce):
-    """The map (B, H, W) from the moments (3, B, L) of scales with the given (h, w) grids."""
-    scales = cosine_distance(moments).split([h * w for h, w in grids], dim=1)
-    maps = [
-        F.interpolate(d.unflatten(1, (1, *grid)), size=size, mode="bilinear", align_corners=True).squeeze(1)
-        for d, grid in zip(scales, grids)
-    ]  # each (B, H, W)
-    total = maps[0]
-    for m in maps[1:]:
-        total = total * m if reduce == "product" else total + m
-    return total / len(maps) if reduce == "mean" else total
+# --------------------------------------------------------------------------------------------------
+# Step 2 as kernels: from moments to the map, or to the loss. Three numbers per location.
+# --------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -319,129 +363,226 @@ def _sample_kernel(
     moments, m_k, m_b,  # (3, B, L) fp32 and its first two strides
     grids,  # (S, 3) int32: first location, h, w of each scale
     out,  # output (B, H, W), fp32
-    sums, maxima,  # outputs (B, programs), fp32: of the pixels of each program
     S, H, W,
-    REDUCE: tl.constexpr, EPS2: tl.constexpr, BLOCK: tl.constexpr,
+    MEAN: tl.constexpr, EPS2: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Program (image, block of map pixels): sample every scale, reduce; no map of a single scale is ever stored."""
+    """Program (image, block of map pixels): sample every scale and add; no single scale is stored."""
     b = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < H * W
     y = tl.where(inside, i // W, 0)
     x = i % W
-    total = tl.full((BLOCK,), 1.0 if REDUCE == "product" else 0.0, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
     for scale in range(0, S):
-        d = _bilinear(moments + b * m_b, m_k, grids, scale, y, x, inside, H, W, EPS2)
-        total = total * d if REDUCE == "product" else total + d
-    if REDUCE == "mean":
+        total += _bilinear(moments + b * m_b, m_k, grids, scale, y, x, inside, H, W, EPS2)
+    if MEAN:
         total = total / S
     tl.store(out + b * H * W + i, total, mask=inside)
-    program = b * tl.num_programs(1) + tl.program_id(1)
-    tl.store(sums + program, tl.sum(tl.where(inside, total, 0.0), axis=0))
-    tl.store(maxima + program, tl.max(tl.where(inside, total, -float("inf")), axis=0))
 
 
 @triton.jit
-def _sample_grad_kernel(
+def _loss_kernel(
     moments, m_k, m_b,  # (3, B, L) fp32 and its first two strides
     grids,  # (S, 3) int32: first location, h, w of each scale
-    grad,  # gradient of the map (B, H, W), fp32
-    out,  # output: gradient of the moments, laid out like them
-    scale, S, H, W,
-    REDUCE: tl.constexpr, EPS2: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_X: tl.constexpr,
+    losses,  # output (B,), fp32: each image's share of the loss
+    factors, f_k, f_b,  # output (2, B, L): the student's gradient is factors[0] t + factors[1] s
+    S, B,
+    SHARED: tl.constexpr, EPS2: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Program (image, row i of one scale's grid): each cell collects from the map pixels that sampled it.
+    """Program (image): the distances of every scale, added up, and what the gradient needs of them.
 
-    The bilinear weight of cell i at map row y is the tent max(0, 1 - |y * (h - 1) / (H - 1) - i|), likewise along x:
-    a cell reads the few rows under its tent. Nobody adds to another program's cell, so the order is always the same.
+    d = 1 - ts / sqrt(tt ss) has the derivatives -1 / sqrt(tt ss) by ts and ts / (2 ss sqrt(tt ss)) by
+    ss; the student's gradient of ts is t, that of ss is 2 s. SHARED: the whole map is one long vector,
+    whose three moments are sums over its locations.
     """
     b = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1)
-    first = tl.load(grids + 3 * scale)
-    h = tl.load(grids + 3 * scale + 1)
-    w = tl.load(grids + 3 * scale + 2)
-    ratio_y = (h - 1).to(tl.float32) / tl.maximum(H - 1, 1)
-    ratio_x = (w - 1).to(tl.float32) / tl.maximum(W - 1, 1)
-    steep = tl.maximum(ratio_y, 1e-6)
-    from_y = tl.maximum((tl.maximum(i - 1, 0) / steep).to(tl.int32) - 1, 0)  # one row of slack for rounding
-    to_y = tl.minimum(tl.minimum((i + 1) / steep, 1e9).to(tl.int32) + 2, H)
-    j = tl.arange(0, BLOCK_J)
-    d_grad = tl.zeros((BLOCK_J,), tl.float32)
-    for y in range(from_y, to_y):
-        weight_y = tl.maximum(1 - tl.abs(y * ratio_y - i), 0.0)
-        for start in range(0, W, BLOCK_X):
-            x = start + tl.arange(0, BLOCK_X)
-            g = tl.load(grad + b * H * W + y * W + x, mask=x < W, other=0.0) * weight_y
-            if REDUCE == "product":
-                for other in range(0, S):
-                    d = _bilinear(moments + b * m_b, m_k, grids, other, x * 0 + y, x, x < W, H, W, EPS2)
-                    g = tl.where(other == scale, g, g * d)
-            weight_x = tl.maximum(1 - tl.abs((x * ratio_x)[None, :] - j[:, None]), 0.0)  # (BLOCK_J, BLOCK_X)
-            d_grad += tl.sum(weight_x * g[None, :], axis=1)
-    if REDUCE == "mean":
-        d_grad = d_grad / S
+    moments += b * m_b
+    factors += b * f_b
+    loss = tl.zeros((BLOCK,), tl.float32)
+    for scale in range(0, S):
+        first = tl.load(grids + 3 * scale)
+        P = tl.load(grids + 3 * scale + 1) * tl.load(grids + 3 * scale + 2)
+        sum_ts = tl.zeros((BLOCK,), tl.float32)
+        sum_tt = tl.zeros((BLOCK,), tl.float32)
+        sum_ss = tl.zeros((BLOCK,), tl.float32)
+        if SHARED:
+            for start in range(0, P, BLOCK):
+                p = start + tl.arange(0, BLOCK)
+                at = moments + first + p
+                sum_ts += tl.load(at, mask=p < P, other=0.0)
+                sum_tt += tl.load(at + m_k, mask=p < P, other=0.0)
+                sum_ss += tl.load(at + 2 * m_k, mask=p < P, other=0.0)
+        share = 1.0 / B if SHARED else 1.0 / (B * P.to(tl.float32))
+        for start in range(0, P, BLOCK):
+            p = start + tl.arange(0, BLOCK)
+            at = moments + first + p
+            if SHARED:
+                ts = tl.sum(sum_ts, axis=0) + tl.zeros((BLOCK,), tl.float32)
+                tt = tl.sum(sum_tt, axis=0) + tl.zeros((BLOCK,), tl.float32)
+                ss = tl.sum(sum_ss, axis=0) + tl.zeros((BLOCK,), tl.float32)
+                counted = p == 0  # the vector's distance, once
+            else:
+                ts = tl.load(at, mask=p < P, other=0.0)
+                tt = tl.load(at + m_k, mask=p < P, other=1.0)
+                ss = tl.load(at + 2 * m_k, mask=p < P, other=1.0)
+                counted = p < P
+            inverse = tl.rsqrt(tl.maximum(tt, EPS2)) * tl.rsqrt(tl.maximum(ss, EPS2))
+            loss += tl.where(counted, share * (1 - ts * inverse), 0.0)
+            alive = ss > EPS2  # else the student has no direction
+            by_t = tl.where(alive, -share * inverse, 0.0)
+            by_s = tl.where(alive, share * ts * inverse / tl.where(alive, ss, 1.0), 0.0)
+            tl.store(factors + first + p, by_t, mask=p < P)
+            tl.store(factors + f_k + first + p, by_s, mask=p < P)
+    tl.store(losses + b, tl.sum(loss, axis=0))
 
-    # d = 1 - ts / sqrt(tt ss), teachers constant
-    at = b * m_b + first + i * w + j
-    ts = tl.load(moments + at, mask=j < w, other=0.0)
-    tt = tl.load(moments + m_k + at, mask=j < w, other=1.0)
-    ss = tl.load(moments + 2 * m_k + at, mask=j < w, other=1.0)
-    inverse = tl.rsqrt(tl.maximum(tt, EPS2)) * tl.rsqrt(tl.maximum(ss, EPS2))
-    tl.store(out + at, -d_grad * inverse, mask=j < w)
-    tl.store(out + m_k + at, j * 0.0, mask=j < w)
-    tl.store(out + 2 * m_k + at, tl.where(ss > EPS2, 0.5 * d_grad * ts * inverse / ss, 0.0), mask=j < w)
+
+# --------------------------------------------------------------------------------------------------
+# Launching the kernels
+# --------------------------------------------------------------------------------------------------
+
+
+def _flat(x):
+    """True if the rows of a (B, C, h, w) tensor follow each other without a gap."""
+    return x.stride(2) == x.shape[3] * x.stride(3)
+
+
+def _tile(x):
+    """Channels and locations per program: 16 locations where 64 would keep half the card idle."""
+    blocks = x.shape[0] * triton.cdiv(x.shape[2] * x.shape[3], 64)
+    block_p = 64 if blocks >= 2 * cores(x.device) else 16
+    return dict(BLOCK_C=2048 // block_p, BLOCK_P=block_p)
 
 
 @functools.lru_cache(maxsize=16)
 def _grid_table(grids, device):
-    """(S, 3) int32 on the device: first location, h, w of each scale; cached, since copying it makes the GPU wait."""
-    cells = [h * w for h, w in grids]
-    rows = [(sum(cells[:i]), h, w) for i, (h, w) in enumerate(grids)]
+    """(S, 3) int32 on the device: first location, h, w of each scale; cached: a copy makes the GPU wait."""
+    rows, first = [], 0
+    for h, w in grids:
+        rows.append((first, h, w))
+        first += h * w
     return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
-def sample_triton(moments, grids, size, reduce):
-    """`sample_torch` by the Triton kernel, and each program's sum and maximum, (B, programs)."""
-    _, B, _ = moments.shape
-    H, W = size
-    programs = triton.cdiv(H * W, BLOCK_Y)
-    maps = torch.empty(B, H, W, dtype=torch.float32, device=moments.device)
-    sums, maxima = torch.empty(2, B, programs, dtype=torch.float32, device=moments.device)
-    with torch.cuda.device_of(moments):
-        _sample_kernel[(B, programs)](
-            moments, *moments.stride()[:2], _grid_table(grids, moments.device), maps, sums, maxima, len(grids), H, W,
-            REDUCE=reduce, EPS2=EPS**2, BLOCK=BLOCK_Y,
+def _grids(maps):
+    return tuple((m.shape[2], m.shape[3]) for m in maps)
+
+
+def moments_triton(teachers, students):
+    """`moments` by the Triton kernel, one launch a scale: (3, B, L) fp32."""
+    cells = [h * w for h, w in _grids(students)]
+    B, device = students[0].shape[0], students[0].device
+    result = torch.empty(3, B, sum(cells), dtype=torch.float32, device=device)
+    for t, s, out in zip(teachers, students, result.split(cells, dim=2)):
+        _, C, h, w = s.shape
+        tile = _tile(s)
+        _moments_kernel[(B, triton.cdiv(h * w, tile["BLOCK_P"]))](
+            t, *t.stride(), s, *s.stride(), out, *out.stride()[:2], C, h * w, w,
+            FLAT_T=_flat(t), FLAT_S=_flat(s), **tile,
         )
-    return maps, sums, maxima
+    return result
 
 
-def sample_grad_triton(moments, grad, grids, reduce):
-    """Gradient of the moments (3, B, L) from that of the map (B, H, W)."""
-    _, B, _ = moments.shape
-    _, H, W = grad.shape
-    grad = grad.contiguous()
-    out = torch.empty_like(moments)
-    with torch.cuda.device_of(moments):
-        for scale, (h, w) in enumerate(grids):
-            _sample_grad_kernel[(B, h)](
-                moments, *moments.stride()[:2], _grid_table(grids, moments.device), grad, out, scale, len(grids), H, W,
-                REDUCE=reduce, EPS2=EPS**2, BLOCK_J=triton.next_power_of_2(w), BLOCK_X=64,
+def _map_shapes(teachers, students, height, width, mean):
+    B = students[0].shape[0]
+    return students[0].new_empty((B, height, width), dtype=torch.float32)
+
+
+@opaque(_map_shapes)
+def map_triton(
+    teachers: list[Tensor], students: list[Tensor], height: int, width: int, mean: bool
+) -> Tensor:
+    """The map (B, height, width) by the Triton kernels."""
+    B, device = students[0].shape[0], students[0].device
+    grids = _grids(students)
+    with torch.cuda.device_of(students[0]):
+        of_features = moments_triton(teachers, students)  # (3, B, L)
+        maps = torch.empty(B, height, width, dtype=torch.float32, device=device)
+        _sample_kernel[(B, triton.cdiv(height * width, BLOCK_Y))](
+            of_features, *of_features.stride()[:2], _grid_table(grids, device), maps,
+            len(grids), height, width, MEAN=mean, EPS2=EPS**2, BLOCK=BLOCK_Y,
+        )
+    return maps
+
+
+def _loss_shapes(teachers, students, flat):
+    B = students[0].shape[0]
+    cells = sum(h * w for h, w in _grids(students))
+    loss = students[0].new_empty((), dtype=torch.float32)
+    return loss, students[0].new_empty((2, B, cells), dtype=torch.float32)
+
+
+@opaque(_loss_shapes)
+def loss_triton(
+    teachers: list[Tensor], students: list[Tensor], flat: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss, and the factors (2, B, L) of teacher and student in the student's gradient."""
+    B, device = students[0].shape[0], students[0].device
+    grids = _grids(students)
+    with torch.cuda.device_of(students[0]):
+        of_features = moments_triton(teachers, students)  # (3, B, L)
+        losses = torch.empty(B, dtype=torch.float32, device=device)
+        factors = torch.empty(2, *of_features.shape[1:], dtype=torch.float32, device=device)
+        _loss_kernel[(B,)](
+            of_features, *of_features.stride()[:2], _grid_table(grids, device), losses,
+            factors, *factors.stride()[:2], len(grids), B, SHARED=flat, EPS2=EPS**2, BLOCK=1024,
+        )
+        return losses.sum(), factors
+
+
+def _loss_grad_shapes(teachers, students, factors, upstream):
+    return [torch.empty_like(s) for s in students]
+
+
+@opaque(_loss_grad_shapes)
+def loss_grad_triton(
+    teachers: list[Tensor], students: list[Tensor], factors: Tensor, upstream: Tensor
+) -> list[Tensor]:
+    """Gradients of the students (B, C, h, w), from that of the loss."""
+    gradients = []
+    cells = [h * w for h, w in _grids(students)]
+    with torch.cuda.device_of(students[0]):
+        for t, s, part in zip(teachers, students, factors.split(cells, dim=2)):
+            B, C, h, w = s.shape
+            ds = torch.empty_like(s)
+            tile = _tile(s)
+            grid = (B, triton.cdiv(h * w, tile["BLOCK_P"]), triton.cdiv(C, tile["BLOCK_C"]))
+            _moments_grad_kernel[grid](
+                t, *t.stride(), s, *s.stride(), part, *part.stride()[:2], upstream,
+                ds, *ds.stride(), C, h * w, w,
+                FLAT_T=_flat(t), FLAT_S=_flat(s), FLAT_DS=_flat(ds), **tile,
             )
-    return out
+            gradients.append(ds)
+    return gradients
 
 
-class _Sample(torch.autograd.Function):
-    """(moments, grids, size, reduce) -> map, and per program its sum and maximum, which carry no gradient."""
+class _CosineLoss(torch.autograd.Function):
+    """(flat, S, *teachers, *students) -> the loss. All that backward needs is two numbers a location."""
 
     @staticmethod
-    def forward(ctx, moments, grids, size, reduce):
-        maps, sums, maxima = sample_triton(moments, grids, size, reduce)
-        ctx.save_for_backward(moments)
-        ctx.grids, ctx.reduce = grids, reduce
-        ctx.mark_non_differentiable(sums, maxima)
-        return maps, sums, maxima
+    def forward(ctx, flat, n_scales, *features):
+        loss, factors = loss_triton(list(features[:n_scales]), list(features[n_scales:]), flat)
+        ctx.save_for_backward(factors, *features)
+        ctx.n_scales = n_scales
+        return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, _, __):
-        return sample_grad_triton(*ctx.saved_tensors, grad, ctx.grids, ctx.reduce), None, None, None
+    def backward(ctx, upstream):
+        factors, *features = ctx.saved_tensors
+        teachers, students = features[: ctx.n_scales], features[ctx.n_scales :]
+        gradients = loss_grad_triton(teachers, students, factors, upstream)
+        return (None, None, *[None] * ctx.n_scales, *gradients)
+
+
+@trial("cosine")
+def _trial(device, dtype):
+    """A map and a loss with its gradient against the PyTorch path, on two scales of 15 and 6 cells."""
+    shapes = [(2, 20, 5, 3), (2, 3, 2, 3)]
+    t1, t2, s1, s2 = trial_tensors(shapes + shapes, device, dtype)
+    teachers, students = [t1, t2], [s1, s2]
+    results = {}
+    for backend in ("triton", "torch"):
+        maps = cosine_map(teachers, students, (9, 7), backend=backend)
+        loss = cosine_loss(teachers, students, flat=False, backend=backend)
+        results[backend] = [maps, loss, *torch.autograd.grad(loss, students)]
+    compare(results["triton"], results["torch"], dtype)

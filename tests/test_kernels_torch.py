@@ -1,6 +1,7 @@
 """The plain PyTorch path of kernels/: what runs on CPUs, and the specification that the Triton kernels are held to."""
 
 import math
+import os
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 import kernels
 from kernels import cosine_loss, cosine_map, cross_attention
 from kernels.backend import HAS_TRITON
+from kernels.cosine_map import cosine_loss_formula, cosine_map_formula
+from kernels.cross_attention import attention_formula, neighbours
 
 
 def heads(batch, H, N, D, dtype=torch.float64):
@@ -45,8 +48,11 @@ def test_attention_is_the_formula(batches, window):
     """Output equals the formula written out, with tokens shared by the batch and with every kind of window: some keys
     forbidden, only oneself, all keys of the middle queries (their output is zero, not NaN), all keys of all."""
     q, k, v = heads(batches[0], 2, 12, 8), heads(batches[1], 2, 12, 8), heads(batches[1], 2, 12, 8)
+    expected = literal_attention(q, k, v, 8**-0.5, window).detach()
+    forbidden = None if window is None else neighbours(*window)
+    torch.testing.assert_close(attention_formula(q, k, v, 8**-0.5, forbidden), expected)
     o = cross_attention(q, k, v, window=window)
-    torch.testing.assert_close(o, literal_attention(q, k, v, 8**-0.5, window).detach())
+    torch.testing.assert_close(o, expected)
     grads = torch.autograd.grad(o.square().sum(), (q, k, v))
     assert all(g.isfinite().all() and g.shape == x.shape for g, x in zip(grads, (q, k, v)))
 
@@ -100,6 +106,27 @@ def test_attention_under_autocast():
     q, k = torch.randn(1, 2, 5, 8), torch.randn(2, 2, 7, 8, dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert cross_attention(q, k, k).dtype == torch.bfloat16
+        assert cross_attention(q.double(), k.double(), k.double()).dtype == torch.float64  # as torch.matmul does
+
+
+def test_large_scores_in_half_precision():
+    """Scores above 65,504, the largest fp16 number, decide for one key as they should, with dropout or without."""
+    q = torch.full((1, 1, 2, 16), 200.0, dtype=torch.float16)
+    k = torch.cat([q, -q], dim=2)
+    v = torch.randn(1, 1, 4, 16).half()
+    for dropout_p in (0.0, 1e-9):  # 1e-9 rounds to no dropout at all, but takes the other branch
+        o = cross_attention(q, k, v, scale=1.0, dropout_p=dropout_p)
+        torch.testing.assert_close(o, v[:, :, :2].mean(dim=2, keepdim=True).expand(o.shape))
+
+
+def test_window_after_inference_mode():
+    """A window first used under inference_mode (an evaluation) serves a training afterwards: the cached mask is an
+    ordinary tensor."""
+    x = torch.randn(1, 1, 35, 8, requires_grad=True)
+    with torch.inference_mode():
+        cross_attention(x, x, x, window=(5, 7, 1))
+    for dropout_p in (0.0, 0.1):
+        cross_attention(x, x, x, window=(5, 7, 1), dropout_p=dropout_p).sum().backward()
 
 
 @pytest.mark.parametrize(
@@ -110,6 +137,10 @@ def test_attention_under_autocast():
         (dict(v=torch.zeros(2, 2, 5, 8)), "expected q"),
         (dict(v=torch.zeros(2, 2, 6, 8).double()), "one floating dtype"),
         (dict(window=(2, 2, 1)), "needs radius >= 0 and 4 queries"),
+        (dict(q=torch.zeros(0, 2, 6, 8)), "batch 0 of q and 2 of k, v"),
+        (dict(q=torch.zeros(2, 2, 0, 8)), "nothing to attend to"),
+        (dict(k=torch.zeros(2, 2, 0, 8), v=torch.zeros(2, 2, 0, 8)), "nothing to attend to"),
+        (dict(scale=-1.0), "scale -1.0: a number above 0"),
         (dict(dropout_p=1.0), "dropout_p 1.0"),
         (dict(backend="cuda"), "choose one of auto, triton, torch"),
     ],
@@ -124,60 +155,39 @@ def test_attention_refuses(change, message):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def published_map(teachers, students, size, reduce):
-    """The anomaly map as the published code of reverse distillation computes it."""
-    maps = []
-    for t, s in zip(teachers, students):
-        d = 1 - F.cosine_similarity(t, s, dim=1)
-        maps.append(F.interpolate(d[:, None], size=size, mode="bilinear", align_corners=True)[:, 0])
-    stack = torch.stack(maps)
-    return {"sum": stack.sum(0), "mean": stack.mean(0), "product": stack.prod(0)}[reduce]
-
-
 def features(batch, shapes, dtype=torch.float64):
     """Random teachers and students that resemble them."""
     teachers = [torch.randn(batch, *shape).to(dtype) for shape in shapes]
     return teachers, [(t + 0.5 * torch.randn(t.shape)).to(dtype).requires_grad_() for t in teachers]
 
 
-@pytest.mark.parametrize("reduce", ["sum", "mean", "product"])
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "view"])
 def test_map_is_the_published_one(reduce, layout):
-    """Equals cosine similarity, bilinear interpolation and reduction, whatever the memory layout; the statistics are
-    those of the map."""
+    """Equals cosine similarity, bilinear interpolation and reduction, whatever the memory layout; without gradient."""
     teachers, students = features(3, [(19, 13, 7), (1, 4, 5), (8, 1, 1)])
     if layout == "channels_last":
         teachers = [t.contiguous(memory_format=torch.channels_last) for t in teachers]
     if layout == "view":
         students = [F.pad(s, (1, 2, 3, 1))[:, :, 3:-1, 1:-2] for s in students]
-    expected = published_map(teachers, students, (20, 17), reduce)
-    maps, mean, maximum = cosine_map(teachers, students, (20, 17), reduce, return_stats=True)
-    torch.testing.assert_close(maps, expected)
-    torch.testing.assert_close(mean, expected.mean(dim=(1, 2)).detach())
-    torch.testing.assert_close(maximum, expected.amax(dim=(1, 2)).detach())
-    assert not mean.requires_grad and not maximum.requires_grad
-    expected = published_map(teachers, students, (20, 20), reduce)
-    torch.testing.assert_close(cosine_map(teachers, students, 20, reduce), expected)
+    for size in ((20, 17), 20):
+        maps = cosine_map(teachers, students, size, reduce)
+        expected = cosine_map_formula(teachers, students, size, reduce)
+        torch.testing.assert_close(maps, expected.detach())
+        assert not maps.requires_grad
 
 
 @pytest.mark.parametrize("flat", [True, False])
 def test_loss_is_the_published_one(flat):
     """flat=True is the authors' code (one cosine per image), flat=False the paper's formula (one per location)."""
     teachers, students = features(3, [(19, 13, 7), (1, 4, 5)])
-    expected = 0
-    for t, s in zip(teachers, students):
-        if flat:
-            expected += (1 - F.cosine_similarity(t.flatten(1), s.flatten(1), dim=1)).mean()
-        else:
-            expected += (1 - F.cosine_similarity(t, s, dim=1)).mean()
+    expected = cosine_loss_formula(teachers, students, flat)
     torch.testing.assert_close(cosine_loss(teachers, students, flat), expected)
 
 
-def test_map_and_loss_gradients():
+def test_loss_gradients():
     """Gradients in the students agree with finite differences; teachers are constants."""
     teachers, students = features(2, [(3, 4, 3), (2, 1, 2)])
-    for reduce in ("sum", "mean", "product"):
-        assert torch.autograd.gradcheck(lambda *s: cosine_map(teachers, s, (5, 6), reduce), students)
     for flat in (True, False):
         assert torch.autograd.gradcheck(lambda *s: cosine_loss(teachers, s, flat), students)
     as_teachers = [t.clone().requires_grad_() for t in teachers]
@@ -196,14 +206,22 @@ def test_distance_depends_on_the_angle_only(scale, angle, channels):
     assert abs(d - (1 - math.cos(angle))) < 1e-5
 
 
-def test_zero_features():
-    """An all-zero feature vector (a dead ReLU) has distance 1 and a zero gradient, not NaN."""
-    teachers, students = features(1, [(4, 2, 2)], torch.float32)
-    dead = torch.zeros_like(students[0]).requires_grad_()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_zero_features(dtype):
+    """An all-zero feature vector (a dead ReLU) has distance 1 and no direction: its gradient is exactly zero. (That of
+    the published code is the teacher's direction divided by 1e-8, which is infinite in fp16.)"""
+    teachers, students = features(1, [(4, 2, 2)], dtype)
+    half_dead = students[0].detach().clone()
+    half_dead[:, :, 0] = 0
+    half_dead.requires_grad_()
+    dead = torch.zeros_like(half_dead).requires_grad_()
     assert torch.equal(cosine_map(teachers, [dead], 2), torch.ones(1, 2, 2))
-    for loss in (cosine_map(teachers, [dead], 2).sum(), cosine_loss(teachers, [dead]), cosine_loss([dead], teachers)):
-        assert loss.isfinite()
-    assert torch.autograd.grad(cosine_loss(teachers, [dead], flat=False), dead)[0].isfinite().all()
+    assert cosine_loss([dead], teachers).isfinite()
+    for flat in (True, False):
+        assert torch.equal(cosine_loss(teachers, [dead], flat=flat), torch.ones(()))
+        assert (torch.autograd.grad(cosine_loss(teachers, [dead], flat=flat), dead)[0] == 0).all()
+    grad = torch.autograd.grad(cosine_loss(teachers, [half_dead], flat=False), half_dead)[0]
+    assert (grad[:, :, 0] == 0).all() and (grad[:, :, 1] != 0).any() and grad.isfinite().all()
 
 
 def test_half_precision_features():
@@ -222,7 +240,12 @@ def test_half_precision_features():
         (dict(students=[]), "1 teacher and 0 student maps"),
         (dict(students=[torch.zeros(2, 3, 4, 5)]), "scale 0: expected two"),
         (dict(students=[torch.zeros(2, 3, 4, 4, dtype=torch.long)]), "floating-point maps"),
-        (dict(reduce="max"), "choose one of sum, mean, product"),
+        (dict(reduce="max"), "choose one of sum, mean"),
+        (dict(teachers=[torch.zeros(0, 3, 4, 4)], students=[torch.zeros(0, 3, 4, 4)]), "scale 0: empty maps"),
+        (dict(teachers=[torch.zeros(2, 3, 0, 4)], students=[torch.zeros(2, 3, 0, 4)]), "scale 0: empty maps"),
+        (dict(size=0), "size 0: one positive int"),
+        (dict(size=(8, 8, 8)), r"size \(8, 8, 8\): one positive int"),
+        (dict(size=(8, 0.5)), r"size \(8, 0.5\): one positive int"),
     ],
 )
 def test_map_refuses(change, message):
@@ -245,7 +268,7 @@ def test_map_is_fast_on_a_cpu():
         best = {}
         with torch.no_grad():
             for _ in range(6):
-                for name, function in (("published", published_map), ("ours", cosine_map)):
+                for name, function in (("published", cosine_map_formula), ("ours", cosine_map)):
                     start = time.process_time()
                     function(teachers, students, 256, "sum")
                     best[name] = min(best.get(name, math.inf), time.process_time() - start)
@@ -284,7 +307,8 @@ def test_without_triton():
         "import torch, kernels\n"
         "x = torch.randn(1, 2, 4, 8, requires_grad=True)\n"
         "kernels.cross_attention(x, x, x).sum().backward()\n"
-        "kernels.cosine_map([x], [x], 4).sum().backward()\n"
+        "kernels.cosine_map([x], [x], 4)\n"
+        "kernels.cosine_loss([x], [x]).backward()\n"
         "try: kernels.cosine_loss([x], [x], backend='triton')\n"
         "except RuntimeError as error: print(error)\n"
     )
@@ -292,3 +316,53 @@ def test_without_triton():
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "needs the triton package" in done.stdout
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+COMPILED = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch, kernels
+backend = sys.argv[1]
+torch.manual_seed(0)
+q, k, v = (torch.randn(2, 2, 12, 16, requires_grad=True) for _ in range(3))
+teacher, student = torch.randn(2, 5, 4, 3), torch.randn(2, 5, 4, 3, requires_grad=True)
+parts = [torch.nn.LayerNorm(16), torch.nn.LayerNorm(16), *(torch.nn.Linear(16, 16) for _ in range(4))]
+few, many = torch.randn(2, 2, 16, requires_grad=True), torch.randn(2, 50, 16, requires_grad=True)
+options = dict(backend=backend)
+calls = [
+    (lambda q, k, v: kernels.cross_attention(q, k, v, window=(3, 4, 1), **options), (q, k, v)),
+    (lambda q, k: kernels.cross_attention(q, k, k, dropout_p=0.2, seed=4, **options), (q, k)),
+    (lambda x, y: kernels.few_token_attention(x, y, *parts, 2, **options), (few, many)),
+    (lambda x, y: kernels.few_token_attention(y, x, *parts, 2, **options), (few, many)),
+    (lambda s: kernels.cosine_loss([teacher], [s], flat=False, **options), (student,)),
+    (lambda s: kernels.cosine_map([teacher], [s], 8, **options), (student,)),
+]
+for function, arguments in calls:
+    results = []
+    for run in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        out = run(*arguments)
+        results.append([out.detach()])
+        if out.requires_grad:
+            results[-1] += torch.autograd.grad(out.square().sum(), arguments)
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+torch.compile(lambda q: kernels.cross_attention(q, q, q, dropout_p=0.2), fullgraph=True, backend="aot_eager")(q)
+print("equal")
+"""
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_compiles_in_one_graph(backend):
+    """torch.compile(fullgraph=True) traces every operation, forward and backward, to the same results: the PyTorch path,
+    and the kernels (in the interpreter, so the compiled graph really runs them)."""
+    if backend == "triton" and not HAS_TRITON:
+        pytest.skip("Triton is not installed")
+    environment = os.environ | ({"TRITON_INTERPRET": "1"} if backend == "triton" else {})
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", COMPILED, backend], cwd=root, env=environment, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "equal\n"

@@ -117,6 +117,14 @@ def heads(batch, H, N, D, layout="split"):
     return torch.randn(batch, H, N, D)
 
 
+def want_programs(monkeypatch, programs):
+    """A long side is split until a launch has this many programs, into as little as one block each."""
+    module = sys.modules["kernels.cross_attention"]
+    monkeypatch.setattr(module, "cores", lambda device: programs)
+    monkeypatch.setattr(module, "PROGRAMS_PER_CORE", 1)
+    monkeypatch.setattr(module, "BLOCKS_PER_SPLIT", 1)
+
+
 def run_attention(inputs, upstream, dtype, backend, zones=None, strides=None, **options):
     """Output and gradients of q, k, v; with zones, from inputs with the given strides between red zones."""
     inputs, upstream = [x.to(DEVICE, dtype) for x in inputs], upstream.to(DEVICE, dtype)
@@ -163,7 +171,7 @@ def test_attention(zones, monkeypatch, batches, H, N, M, D, dtype, layout):
     among many programs (merging), and walked over by one (the online softmax)."""
     q, k, v = heads(batches[0], H, N, D, layout), heads(batches[1], H, M, D, layout), heads(batches[1], H, M, D, layout)
     for programs in (256, 1) if max(N, M) > 64 else (256,):
-        monkeypatch.setattr(sys.modules["kernels.cross_attention"], "PROGRAMS", programs)
+        want_programs(monkeypatch, programs)
         compare_attention(zones, q, k, v, getattr(torch, dtype))
 
 
@@ -194,28 +202,32 @@ def test_one_key():
 
 
 def philox(seed, c0, c1, rounds=10):
-    """The first word of Philox 4x32 (Salmon et al., SC 2011) for the counter (c0, c1, 0, 0)."""
-    word = lambda x: x & np.uint64(0xFFFFFFFF)  # noqa: E731
-    k0, k1 = np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
+    """The four words of Philox 4x32 (Salmon et al., SC 2011) for the counter (c0, c1, 0, 0)."""
+    word = np.uint64(0xFFFFFFFF)
+    half = np.uint64(32)
+    k0, k1 = np.uint64(seed) & word, np.uint64(seed) >> half
     c0, c1 = np.broadcast_arrays(np.uint64(c0), np.uint64(c1))
     c2 = c3 = np.zeros_like(c0)
     for _ in range(rounds):
         product0, product2 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-        c0, c1 = (product2 >> np.uint64(32)) ^ c1 ^ k0, word(product2)
-        c2, c3 = (product0 >> np.uint64(32)) ^ c3 ^ k1, word(product0)
-        k0, k1 = word(k0 + np.uint64(0x9E3779B9)), word(k1 + np.uint64(0xBB67AE85))
-    return c0
+        c0, c1 = (product2 >> half) ^ c1 ^ k0, product2 & word
+        c2, c3 = (product0 >> half) ^ c3 ^ k1, product0 & word
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & word, (k1 + np.uint64(0xBB67AE85)) & word
+    return np.stack([c0, c1, c2, c3], axis=-1)
 
 
 @pytest.mark.parametrize("N, M", [(70, 10), (10, 70), (70, 91)])
 def test_attention_dropout(zones, N, M):
-    """Dropout is the published generator applied to the weight's position, the same in the forward and in all backward
-    kernels: a second implementation of both gives the same output and gradients."""
+    """Dropout is the published generator applied to the weight's position (a counter for four keys that follow each
+    other, a word for each), the same in the forward and in all backward kernels: a second implementation of both gives
+    the same output and gradients."""
     B, H, D, dropout_p, seed = 2, 2, 16, 0.3, 1234567
     q, k, v, upstream = heads(1, H, N, D), heads(B, H, M, D), heads(B, H, M, D), heads(B, H, N, D)
-    image_head, position = np.arange(B * H)[:, None], np.arange(N * M)[None, :]
-    uniform = (philox(seed, position, image_head) >> np.uint64(8)).astype(np.float64) / 2**24
-    keep = torch.from_numpy(uniform >= dropout_p).view(B, H, N, M).to(DEVICE)
+    fours = -(-M // 4)
+    image_head, position = np.arange(B * H)[:, None], np.arange(N * fours)[None, :]
+    words = philox(seed, position, image_head).reshape(B, H, N, 4 * fours)[..., :M]
+    uniform = (words >> np.uint64(8)).astype(np.float64) / 2**24
+    keep = torch.from_numpy(uniform >= dropout_p).to(DEVICE)
     assert abs(keep.double().mean() - 0.7) < 4 * (0.7 * 0.3 / keep.numel()) ** 0.5
 
     def reference(dtype):
@@ -230,17 +242,29 @@ def test_attention_dropout(zones, N, M):
 
 def test_splits(monkeypatch):
     """However many programs share a long side, the result is the same to rounding; and run after run to the bit."""
-    module = sys.modules["kernels.cross_attention"]
     for N, M in ((10, 300), (300, 10)):
         inputs, upstream = (heads(1, 1, N, 16), heads(2, 1, M, 16), heads(2, 1, M, 16)), heads(2, 1, N, 16)
         results = []
         for programs in (256, 256, 1, 6):
-            monkeypatch.setattr(module, "PROGRAMS", programs)
+            want_programs(monkeypatch, programs)
             results.append(run_attention(inputs, upstream, torch.float32, "triton"))
         assert all(torch.equal(x, y) for x, y in zip(results[0], results[1]))
         for other in results[2:]:
             for x, y in zip(results[0], other):
                 torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("N, M", [(10, 300), (300, 10), (70, 90)])
+def test_large_scores(N, M):
+    """Gradients hold at scores of 1e5, where the logarithm of a sum in fp32 is off by 0.004: largest product and sum
+    are saved apart. Products of small integers are exact, and many keys of a query share the largest."""
+    q, k = (torch.randint(-2, 3, (1, 1, n, 16)).float() for n in (N, M))
+    v, upstream = torch.randn(1, 1, M, 16), torch.randn(1, 1, N, 16)
+    assert 8192 * (q @ k.transpose(2, 3)).max() > 1e5
+    exact = run_attention((q, k, v), upstream, torch.float64, "torch", scale=8192.0)
+    ours = run_attention((q, k, v), upstream, torch.float32, "triton", scale=8192.0)
+    for x, z, size in zip(ours, exact, (1, 8192, 8192, 1), strict=True):  # scores' gradients carry the scale
+        assert (x.double() - z).abs().max() <= 1e-5 * max(size, z.abs().max())
 
 
 def test_far_apart():
@@ -266,18 +290,17 @@ def test_attention_refuses():
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def run_cosine(teachers, students, upstream, size, reduce, dtype, backend, zones=None):
-    """Map, mean, maximum and both losses, with the gradients of the students."""
+def run_cosine(teachers, students, size, reduce, dtype, backend, zones=None):
+    """The map, and both losses with the gradients of the students."""
 
     def place(x):
         return x.to(DEVICE, dtype) if zones is None else zones.around(x.to(DEVICE, dtype), x.stride())
 
     teachers, students = [place(t) for t in teachers], [place(s).detach().requires_grad_() for s in students]
-    maps, mean, maximum = cosine_map(teachers, students, size, reduce, return_stats=True, backend=backend)
-    results = [maps.detach(), mean, maximum, *torch.autograd.grad(maps, students, upstream.to(maps))]
+    results = [cosine_map(teachers, students, size, reduce, backend=backend)]
     for flat in (True, False):
         loss = cosine_loss(teachers, students, flat, backend=backend)
-        results += [loss.detach(), *torch.autograd.grad(loss, students)]
+        results += [loss.detach(), *torch.autograd.grad(loss, students, torch.full_like(loss, 0.7))]
     return results
 
 
@@ -294,35 +317,47 @@ def layout_of(x, layout):
     [
         ([(19, 13, 7), (1, 4, 5)], (20, 17), "sum", "float32", ("nchw", "nchw")),
         ([(19, 13, 7), (5, 3, 1), (8, 1, 1)], (20, 1), "mean", "float32", ("nchw", "channels_last")),
-        ([(19, 5, 4), (8, 3, 3)], (6, 7), "product", "float32", ("channels_last", "crop")),
+        ([(19, 5, 4), (8, 3, 3)], (6, 7), "sum", "float32", ("channels_last", "crop")),
         ([(272, 7, 7)], (9, 9), "sum", "bfloat16", ("nchw", "nchw")),
         ([(33, 4, 4), (64, 8, 8)], (8, 8), "mean", "float16", ("channels_last", "channels_last")),
         ([(16, 8, 8), (8, 4, 4)], (3, 2), "sum", "float32", ("crop", "crop")),  # a map smaller than the features
-        ([(4, 2, 2), (3, 1, 1)], (1, 1), "product", "float32", ("nchw", "nchw")),
+        ([(4, 2, 2), (3, 1, 1)], (1, 1), "sum", "float32", ("nchw", "nchw")),
     ],
 )
 def test_cosine(zones, shapes, size, reduce, dtype, layouts):
-    """Map, statistics, losses and gradients: every reduction, memory layouts of teacher and student, awkward sizes."""
+    """Map, losses and gradients: both reductions, memory layouts of teacher and student, awkward sizes."""
     dtype = getattr(torch, dtype)
     teachers = [layout_of(torch.randn(2, *shape).to(dtype), layouts[0]) for shape in shapes]
     students = [t + 0.7 * torch.randn(t.shape) for t in teachers]
     students = [s.sign() * (s.abs() + 0.1) if s.shape[1] == 1 else s for s in students]  # a norm near 0 has no direction
     students = [layout_of(s.to(dtype).contiguous(), layouts[1]) for s in students]
-    upstream = torch.randn(2, *size)
-    exact = run_cosine(teachers, students, upstream, size, reduce, torch.float64, "torch")
-    plain = run_cosine(teachers, students, upstream, size, reduce, dtype, "torch")
-    check(run_cosine(teachers, students, upstream, size, reduce, dtype, "triton", zones), plain, exact)
+    exact = run_cosine(teachers, students, size, reduce, torch.float64, "torch")
+    plain = run_cosine(teachers, students, size, reduce, dtype, "torch")
+    check(run_cosine(teachers, students, size, reduce, dtype, "triton", zones), plain, exact)
 
 
 def test_cosine_of_zeros():
-    """All-zero features (dead ReLUs) have distance 1 and finite gradients in the kernels as well."""
+    """All-zero features (dead ReLUs) have distance 1 and no gradient in the kernels as well."""
     teacher = torch.randn(1, 8, 2, 2, device=DEVICE)
     dead = torch.zeros_like(teacher).requires_grad_()
     maps = cosine_map([teacher], [dead], 4, backend="triton")
     assert torch.equal(maps, torch.ones_like(maps))
-    # the gradient of .sum() has stride 0
-    for value in (maps.sum(), cosine_loss([teacher], [dead], flat=False, backend="triton")):
-        assert torch.autograd.grad(value, dead)[0].isfinite().all()
+    for flat in (True, False):
+        loss = cosine_loss([teacher], [dead], flat, backend="triton")
+        assert loss == 1 and (torch.autograd.grad(loss, dead)[0] == 0).all()
+
+
+def test_cosine_of_mixed_dtypes(zones):
+    """Under autocast students are bf16 and teachers fp32: no copy is needed, each is read as it is."""
+    teachers = [zones.around(torch.randn(2, 19, 5, 4).to(DEVICE), (380, 20, 4, 1))]
+    students = [torch.randn(2, 19, 5, 4).to(DEVICE, torch.bfloat16).requires_grad_()]
+    for flat in (True, False):
+        ours, plain = (cosine_loss(teachers, students, flat, backend=backend) for backend in ("triton", "torch"))
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, plain)
+        grads = [torch.autograd.grad(loss, students)[0] for loss in (ours, plain)]
+        assert grads[0].dtype == torch.bfloat16
+        torch.testing.assert_close(*grads, rtol=2e-2, atol=1e-5)  # the interpreter truncates to bf16
 
 
 # --------------------------------------------------------------------------------------------------------------------
