@@ -329,24 +329,31 @@ def test_training_stream(tiny_data):
     of them over time, or always the fixed one; a texture folder is used."""
     samples = data.load(str(tiny_data)).train
     images = data.Images(samples, 64)
-    classes = sorted({s.cls for s in samples})
-    fixed = {c: next(i for i, s in enumerate(samples) if s.cls == c) for c in classes}
+    fixed = onenip.fixed_prompts(samples, 3)
+    assert list(fixed) == sorted({s.cls for s in samples})
+    assert all(samples[i].cls == cls for cls, i in fixed.items())
     args = onenip.Args(**TINY, seed=3)
-    stream = onenip.Triplets(images, samples, args, fixed, whole_images=True)
+    stream = onenip.Triplets(images, args, fixed, 7, needs_images=True)
     n = len(samples)
+    assert stream.steps(epochs=2) == math.ceil(2 * n / 7), "no image of an epoch is dropped"
     items = [stream[k] for k in range(2 * n)]
-    assert sorted(item["index"] for item in items[:n]) == sorted(item["index"] for item in items[n:]) == list(range(n))
-    assert [i["index"] for i in items[:n]] != [i["index"] for i in items[n:]]
-    assert all(samples[i["index"]].cls == samples[i["prompt"]].cls for i in items)
-    assert any(i["index"] != i["prompt"] for i in items)
-    again = onenip.Triplets(images, samples, args, fixed, whole_images=True)[n + 5]
-    assert all(torch.equal(torch.as_tensor(again[key]), torch.as_tensor(items[n + 5][key])) for key in again)
-    assert torch.equal(again["normal_image"], images[again["index"]])
-    banked = onenip.Triplets(images, samples, dataclasses.replace(args, bank=3), fixed, False)
-    assert all(banked[k]["number"] // 3 == banked[k]["index"] for k in range(n)), "a pseudo-anomaly of this very image"
-    assert {banked[k]["number"] % 3 for k in range(n)} == {0, 1, 2}
-    once = onenip.Triplets(images, samples, dataclasses.replace(args, prompt_train="fixed"), fixed, False)
-    assert all(once[k]["prompt"] == fixed[samples[once[k]["index"]].cls] for k in range(8))
+    normal = [item["normal"]["index"] for item in items]
+    prompt = [item["prompt"]["index"] for item in items]
+    assert sorted(normal[:n]) == sorted(normal[n:]) == list(range(n)) and normal[:n] != normal[n:]
+    assert all(samples[i].cls == samples[p].cls for i, p in zip(normal, prompt))
+    assert normal != prompt
+    again = onenip.Triplets(images, args, fixed, 7, needs_images=True)[n + 5]
+    for part in ("normal", "prompt", "synthetic"):
+        for key, value in again[part].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(items[n + 5][part][key]))
+    for part in ("normal", "prompt"):
+        assert torch.equal(again[part]["image"], images[again[part]["index"]])
+    banked = onenip.Triplets(images, dataclasses.replace(args, bank=3), fixed, 7, needs_images=False)
+    numbers = [banked[k]["synthetic"]["index"] for k in range(n)]
+    assert [number // 3 for number in numbers] == normal[:n], "a pseudo-anomaly of this very image"
+    assert {number % 3 for number in numbers} == {0, 1, 2} and banked[0]["normal"].keys() == {"index"}
+    once = onenip.Triplets(images, dataclasses.replace(args, prompt_train="fixed"), fixed, 7, False)
+    assert all(once[k]["prompt"]["index"] == fixed[samples[normal[k]].cls] for k in range(8))
 
 
 def test_textures_from_a_folder(tmp_path):
@@ -381,10 +388,10 @@ class Passing(torch.nn.Module):
 
 def scorer(**changes):
     model, args = make(**changes)
-    pool = torch.randn(3, 24, 4, 4, generator=torch.Generator().manual_seed(5))
+    prompts = torch.randn(3, 24, 4, 4, generator=torch.Generator().manual_seed(5))
     run = runtime.Run("onenip", None, torch.device("cpu"))
-    state = {"classes": ["a", "b", "c"], "scale": 2.0, "pool": pool}
-    return onenip.Scorer(args, run, Passing(), model, state), pool, model.eval(), args
+    state = {"classes": ["a", "b", "c"], "scale": 2.0, "prompts": prompts}
+    return onenip.Scorer(args, run, Passing(), model, state), prompts, model.eval(), args
 
 
 def sample(name, cls):
@@ -394,14 +401,14 @@ def sample(name, cls):
 
 def test_prompt_is_chosen_by_cosine_without_the_label():
     """Each image gets the prompt with the most similar pooled features, whatever its length and its label."""
-    score, pool, model, args = scorer()
-    x = torch.stack([5 * pool[2], 0.1 * pool[0]])
+    score, prompts, model, args = scorer()
+    x = torch.stack([5 * prompts[2], 0.1 * prompts[0]])
     samples = [sample("x", "a"), sample("y", "a")]
     maps, scores = score(x, samples)
     assert [score.chosen["x.png"], score.chosen["y.png"]] == ["c", "a"]
     assert score.selection(samples) == 0.5
     with torch.no_grad():
-        s_rec = (model.decode(model.encode(x), model.encode(pool[[2, 0]])) - x).norm(dim=1, keepdim=True)
+        s_rec = (model.decode(model.encode(x), model.encode(prompts[[2, 0]])) - x).norm(dim=1, keepdim=True)
     expected = F.interpolate(s_rec, (64, 64), mode="bilinear", align_corners=True)[:, 0]
     rest = (maps - 0.5 * expected) / (0.5 * 2.0)
     assert 0 < rest.min() and rest.max() < 1, "what is left must be the refiner's map"
@@ -410,14 +417,14 @@ def test_prompt_is_chosen_by_cosine_without_the_label():
 @pytest.mark.parametrize("changes, used", [(dict(prompt_class="given"), 0), (dict(prompt_test="wrong"), 1)])
 def test_prompt_of_the_given_or_of_a_wrong_class(changes, used):
     """Given: the true class's prompt although another is more similar; wrong: never the true class's."""
-    score, pool, model, args = scorer(**changes)
-    p = score.prompt_of(pool[[2]], [sample("x", "a")])
+    score, prompts, model, args = scorer(**changes)
+    p = score.prompts_of(prompts[[2]], [sample("x", "a")])
     with torch.no_grad():
-        torch.testing.assert_close(p, model.encode(pool[[used]]))
+        torch.testing.assert_close(p, model.encode(prompts[[used]]))
 
 
 def test_score_of_an_image_does_not_depend_on_its_batch():
-    score, pool, _, _ = scorer()
+    score, _, _, _ = scorer()
     x, samples = torch.randn(4, 24, 4, 4), [sample(i, "a") for i in range(4)]
     together = score(x, samples)[0]
     alone = torch.cat([score(x[i:i + 1], samples[i:i + 1])[0] for i in range(4)])
@@ -581,6 +588,8 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
         (("--data", tiny_data, "--steps", "many"), "--steps"),
         (("--data", tiny_data, "--lr", "-1"), "--lr"),
         (("--data", tiny_data, "--image-size", "100"), "--image-size"),
+        (("--data", tiny_data, "--heads", "3"), "--hidden"),
+        (("--data", tiny_data, "--bank", "2", "--memory-share", "0"), "--bank"),
         (("--data", tiny_data, "--hiden", "100"), "--hiden"),
         (("--data", tiny_data, "--backbone", "vgg16"), "--backbone"),
         (("--data", tiny_data, "--weights", bad / "none.pth"), "none.pth"),
