@@ -84,7 +84,7 @@ class Args(Options):
     decoder_layers: int = option(4, "decoder blocks (Table 4b)", group="model", low=1)
     refiner_width: int = option(128, "channels of the refiner", group="model", low=1)
     dropout: float = option(
-        0.1, "dropout in attention, after it, and in the MLPs", group="model", low=0.0, high=0.9
+        0.1, "dropout in attention, after it, and in the encoder's MLPs", group="model", low=0.0, high=0.9
     )
     epochs: float = option(
         1000,
@@ -267,11 +267,11 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B,N,D) -> (B,heads,N,D/heads)
 
 
-def mlp(args):
+def mlp(args, dropout):
     return nn.Sequential(
         nn.Linear(args.hidden, args.mlp),
         nn.ReLU(),
-        nn.Dropout(args.dropout),
+        nn.Dropout(dropout),
         nn.Linear(args.mlp, args.hidden),
     )
 
@@ -283,7 +283,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.attention = Attention(args)
-        self.mlp = mlp(args)
+        self.mlp = mlp(args, args.dropout)
         self.norm1 = nn.LayerNorm(args.hidden)
         self.norm2 = nn.LayerNorm(args.hidden)
         self.dropout = nn.Dropout(args.dropout)
@@ -303,7 +303,7 @@ class DynamicBlock(nn.Module):
         super().__init__()
         self.prompt_attention = Attention(args)
         self.feature_attention = Attention(args)
-        self.mlp = mlp(args)
+        self.mlp = mlp(args, dropout=0.0)  # the authors define one here, and never apply it
         self.norm1 = nn.LayerNorm(args.hidden)
         self.norm2 = nn.LayerNorm(args.hidden)
         self.norm3 = nn.LayerNorm(args.hidden)
@@ -330,7 +330,7 @@ class QueryBlock(nn.Module):
             self.query = nn.Parameter(torch.randn(tokens, args.hidden))
         self.encoder_attention = Attention(args)
         self.previous_attention = Attention(args)
-        self.mlp = mlp(args)
+        self.mlp = mlp(args, args.dropout)
         self.norm1 = nn.LayerNorm(args.hidden)
         self.norm2 = nn.LayerNorm(args.hidden)
         self.norm3 = nn.LayerNorm(args.hidden)

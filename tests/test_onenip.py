@@ -131,6 +131,16 @@ def test_decoder_is_equation_3():
     torch.testing.assert_close(got, expected)
 
 
+def test_dropout_is_where_the_authors_apply_it():
+    """In the encoder's MLPs and in UniAD's, not in those of OneNIP's decoder."""
+    model, _ = make(dropout=0.5)
+    uniad, _ = make(dropout=0.5, prompt="none")
+    model.train()
+    x = torch.randn(2, 16, 32)
+    for layer, random in ((model.encoder[0], True), (model.decoder[0], False), (uniad.decoder[0], True)):
+        assert torch.equal(layer.mlp(x), layer.mlp(x)) != random
+
+
 @pytest.mark.parametrize("prompt", ["none", "static"])
 def test_query_decoder_is_uniad(prompt):
     """Each layer's query (a learned table, or the encoded prompt) asks the encoder, then the layer before."""
