@@ -394,9 +394,12 @@ class OneNIP(nn.Module):
             self.decoder = nn.ModuleList(QueryBlock(args, side * side) for _ in blocks)
         self.norm = nn.LayerNorm(args.hidden)
         self.refiner = Refiner(channels, args.refiner_width) if args.refiner else None
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
-                nn.init.xavier_uniform_(module.weight)
+                # the authors' queries, keys and values keep nn.MultiheadAttention's start: Xavier
+                # over one (3D, D) matrix, √½ of what it is over a (D, D) matrix
+                gain = 0.5**0.5 if name.endswith(("to_q", "to_k", "to_v")) else 1.0
+                nn.init.xavier_uniform_(module.weight, gain)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

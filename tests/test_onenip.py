@@ -165,6 +165,21 @@ def test_position_is_column_then_row():
             torch.testing.assert_close(pos[4 * r + c], torch.cat([model.column[c], model.row[r]]))
 
 
+def test_start_of_the_weights():
+    """Queries, keys and values start as in torch's own multi-head attention, all else Xavier; biases are zero."""
+    torch.manual_seed(0)
+    model = onenip.OneNIP(272, 14, onenip.Args(encoder_layers=1, decoder_layers=1))
+    layer = model.encoder[0].attention
+    torchs = torch.nn.MultiheadAttention(256, 8)
+    ours = torch.cat([layer.to_q.weight, layer.to_k.weight, layer.to_v.weight])
+    assert ours.std().item() == pytest.approx(torchs.in_proj_weight.std().item(), rel=0.01)
+    assert ours.abs().max().item() == pytest.approx(math.sqrt(6 / (4 * 256)), rel=0.001)
+    for linear in (layer.to_out, model.input, model.encoder[0].mlp[0]):
+        bound = math.sqrt(6 / sum(linear.weight.shape))
+        assert linear.weight.abs().max().item() == pytest.approx(bound, rel=0.001)
+    assert all(not m.bias.any() for m in model.modules() if isinstance(m, torch.nn.Linear))
+
+
 def test_jitter_has_the_stated_scale_and_is_off_in_evaluation():
     """Noise of standard deviation ‖token‖ · 20 / C on every token in training (feature jitter of UniAD)."""
     model, args = make(encoder_layers=0)
