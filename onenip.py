@@ -665,9 +665,9 @@ def _multiply_add(v, rng):
 
 def _hue_saturation(t, rng):
     hsv = np.array(Image.fromarray(t).convert("HSV")).astype(int)
-    shift = int(rng.integers(-50, 51))
-    hsv[..., 0] = (hsv[..., 0] + shift) % 256
-    hsv[..., 1] = (hsv[..., 1] + shift).clip(0, 255)
+    hue, saturation = rng.integers(-50, 51, 2)
+    hsv[..., 0] = (hsv[..., 0] + hue) % 256  # a circle
+    hsv[..., 1] = (hsv[..., 1] + saturation).clip(0, 255)
     return np.asarray(Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB"))
 
 

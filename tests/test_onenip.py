@@ -349,6 +349,36 @@ def test_texture_ops_keep_shape_and_type():
             assert out.shape == (32, 32, 3) and out.dtype == np.uint8 and np.array_equal(texture, before)
 
 
+def test_hue_and_saturation_shift_independently():
+    """DRAEM adds one number of ±50 to the hue and another to the saturation (AddToHueAndSaturation, per channel)."""
+    hsv = np.full((8, 8, 3), (100, 120, 200), np.uint8)
+    texture = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
+    before, shifts = np.asarray(Image.fromarray(texture).convert("HSV")).astype(int)[0, 0], []
+    for seed in range(300):
+        changed = onenip._hue_saturation(texture, np.random.default_rng(seed))
+        shifts.append(np.asarray(Image.fromarray(changed).convert("HSV")).astype(int)[0, 0] - before)
+    shifts = np.array(shifts)
+    assert np.abs(shifts[:, :2]).max() <= 53 and shifts[:, 0].std() > 24 and shifts[:, 1].std() > 24  # ±3: rounding
+    assert abs(np.corrcoef(shifts[:, 0], shifts[:, 1])[0, 1]) < 0.2
+    assert np.abs(shifts[:, 2]).max() <= 1
+
+
+def test_solarize_inverts_what_is_at_or_above_its_threshold():
+    """imgaug's Solarize(0.5, threshold=(32, 128)): half of the textures; dark values stay, bright ones are inverted."""
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    inverted = 0
+    for seed in range(100):
+        out = onenip._solarize(ramp, np.random.default_rng(seed))
+        if np.array_equal(out, ramp):
+            continue
+        inverted += 1
+        first = int(np.argmax(out.reshape(-1, 3)[:, 0] != np.arange(256)))
+        assert 32 <= first <= 128
+        expected = np.where(ramp < first, ramp, 255 - ramp)
+        assert np.array_equal(out, expected)
+    assert 35 < inverted < 65
+
+
 def test_training_stream(tiny_data):
     """Sample k is a function of (seed, k); an epoch shows every image once; prompts are of the image's own class, all
     of them over time, or always the fixed one; a texture folder is used."""
