@@ -75,6 +75,12 @@ def test_features_are_frozen_and_of_the_paper_size():
     assert not any(m.training for m in features.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
 
+def test_paper_preset_resizes_masks_as_the_authors_do():
+    """By nearest neighbour, which moves P-AP; our own default, half, elsewhere."""
+    preset = {data: runtime.parse(onenip.Args, onenip.PRESETS, "", ["--data", data]) for data in ("mvtec", "synth")}
+    assert (preset["mvtec"].mask_rule, preset["synth"].mask_rule) == ("nearest", "half")
+
+
 # --------------------------------------------------------------------------------- model, against transcriptions
 
 
