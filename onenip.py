@@ -31,7 +31,7 @@ Where this file differs from the paper (P) or from the authors' code (C), and wh
      P does not show them.
   3. Losses: C averages restoration and reconstruction, so that L_rec : L_res : L_seg = 1 : 1 : 1.
      Default as C (it gave the numbers); --loss-weights paper is P Eq. 8 with λ = 0.5. Likewise
-     --dice code|paper (C has no factor 2 and smooths by 1).
+     --dice code|paper|smooth (C has no factor 2 and smooths by 1).
   4. c puts M̂ on the scale of S_rec; P has none. C takes (max + min)/2 of S_rec over the whole *test
      set*. Here over training images and pseudo-anomalies: nothing is learned from the test set;
      --score-scale test is C.
@@ -122,9 +122,11 @@ class Args(Options):
     )
     dice: str = option(
         "code",
-        "segmentation loss: the code's form or the paper's Eq. 7",
+        "segmentation loss: the authors' code (no factor 2, smoothed by 1), the paper's Eq. 7 "
+        "(constant on normal images, whose masks are empty: the refiner learns nothing from them), "
+        "or smooth: factor 2 and smoothed by 1",
         group="training",
-        choices=("code", "paper"),
+        choices=("code", "paper", "smooth"),
     )
     alpha: float = option(
         0.5, "share of the refiner in the map (Table 4c)", group="scoring", low=0.0, high=1.0
@@ -496,11 +498,17 @@ def dice_loss(predicted, mask, form):
     """Segmentation loss per image, then mean. predicted in (0, 1), mask in {0, 1}: (B, H, W).
 
     paper (Eq. 7): 1 - 2 Σ M̂M / (Σ M̂² + Σ M²). code: 1 - (Σ M̂M + 1) / (Σ M̂² + Σ M² + 1).
+    smooth: 1 - (2 Σ M̂M + 1) / (Σ M̂² + Σ M² + 1). Of an empty mask, `paper` is 1 whatever M̂ is; of
+    a perfect M̂, `code` is about ½.
     """
     overlap = (predicted * mask).sum((1, 2))
     squares = predicted.square().sum((1, 2)) + mask.square().sum((1, 2))
     if form == "paper":
-        return (1 - 2 * overlap / squares).mean()  # Eq. 7
+        # Eq. 7. Below 1 the denominator is only if the mask is empty, and then its size is no matter
+        # as long as it is not 0
+        return (1 - 2 * overlap / squares.clamp_min(1)).mean()
+    if form == "smooth":
+        return (1 - (2 * overlap + 1) / (squares + 1)).mean()
     return (1 - (overlap + 1) / (squares + 1)).mean()
 
 

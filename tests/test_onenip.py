@@ -199,9 +199,9 @@ def test_jitter_has_the_stated_scale_and_is_off_in_evaluation():
 # -------------------------------------------------------------------------------------------------------- losses
 
 
-@pytest.mark.parametrize("form", ["code", "paper"])
-def test_dice_loss(form):
-    """Pixel by pixel against Eq. 7 and against the form of the code."""
+@pytest.mark.parametrize("form, factor, smoothing", [("code", 1, 1), ("paper", 2, 0), ("smooth", 2, 1)])
+def test_dice_loss(form, factor, smoothing):
+    """Pixel by pixel against Eq. 7, against the form of the code, and against both together."""
     g = torch.Generator().manual_seed(0)
     predicted, mask = torch.rand(2, 5, 7, generator=g), (torch.rand(2, 5, 7, generator=g) > 0.7).float()
     total = 0.0
@@ -210,9 +210,29 @@ def test_dice_loss(form):
         for row_hat, row in zip(m_hat, m):
             for a, b in zip(row_hat, row):
                 overlap, squares_hat, squares = overlap + a * b, squares_hat + a * a, squares + b * b
-        total += 1 - 2 * overlap / (squares_hat + squares) if form == "paper" else (
-            1 - (overlap + 1) / (squares_hat + squares + 1))
+        total += 1 - (factor * overlap + smoothing) / (squares_hat + squares + smoothing)
     assert onenip.dice_loss(predicted, mask, form).item() == pytest.approx(total / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("form, learns", [("code", True), ("paper", False), ("smooth", True)])
+def test_dice_loss_of_a_normal_image(form, learns):
+    """An empty mask: Eq. 7 as printed is the constant 1, so that nothing is learned from it, the smoothed forms push M̂
+    down; and zeros against zeros give a number."""
+    predicted = torch.full((2, 5, 7), 0.3, requires_grad=True)
+    loss = onenip.dice_loss(predicted, torch.zeros(2, 5, 7), form)
+    loss.backward()
+    assert bool((predicted.grad > 0).all()) == learns and bool(predicted.grad.any()) == learns
+    empty = torch.zeros(2, 5, 7, requires_grad=True)
+    loss = onenip.dice_loss(empty, torch.zeros(2, 5, 7), form)
+    loss.backward()
+    assert loss.item() == (0 if learns else 1) and torch.isfinite(empty.grad).all()
+
+
+def test_dice_loss_of_a_perfect_mask():
+    """0 with factor 2; the code's form, which lacks it, stays at about one half."""
+    mask = torch.zeros(1, 40, 40)
+    mask[:, 10:30, 10:30] = 1
+    assert [round(onenip.dice_loss(mask, mask, form).item(), 2) for form in ("paper", "smooth", "code")] == [0, 0, 0.5]
 
 
 @pytest.mark.parametrize("weights, factor", [("code", 1.0), ("paper", 0.5)])
