@@ -904,23 +904,22 @@ def training_statistics(args, run, frozen, features, model, dataset, prompts):
     classes = list(dataset.fixed)
     count = min(256, len(dataset.cls))
     normal, synthetic = [], []  # (S_rec, M̂) of each batch
-    with run.autocast(), torch.no_grad():
-        encoded = None if args.prompt == "none" else model.encode(prompts)
-        for first in run.progress(range(0, count, args.batch_size), "training statistics"):
-            last = min(first + args.batch_size, count)
-            numbers = range(2**40 + first, 2**40 + last)  # of samples that training never reaches
-            items = [dataset[number] for number in numbers]
-            batch = default_collate([item["normal"] for item in items])
-            indices = batch["index"].tolist()
-            p = None
-            if encoded is not None:
-                p = encoded[[classes.index(dataset.cls[i]) for i in indices]]
-            normal.append(raw_maps(model, frozen(batch), p, args))
-            if dataset.synthetic:
-                made = [dataset.pseudo_anomaly(i, number) for i, number in zip(indices, numbers)]
-                pictures = torch.stack([image for image, _ in made])  # (B, 3, S, S)
-                x = features(run.to_device(pictures))
-                synthetic.append(raw_maps(model, x, p, args))
+    encoded = encoded_prompts(run, model, prompts)
+    for first in run.progress(range(0, count, args.batch_size), "training statistics"):
+        last = min(first + args.batch_size, count)
+        numbers = range(2**40 + first, 2**40 + last)  # of samples that training never reaches
+        items = [dataset[number] for number in numbers]
+        batch = default_collate([item["normal"] for item in items])
+        indices = batch["index"].tolist()
+        p = None
+        if encoded is not None:
+            p = encoded[[classes.index(dataset.cls[i]) for i in indices]]
+        normal.append(raw_maps(run, model, frozen(batch), p, args))
+        if dataset.synthetic:
+            made = [dataset.pseudo_anomaly(i, number) for i, number in zip(indices, numbers)]
+            pictures = torch.stack([image for image, _ in made])  # (B, 3, S, S)
+            x = features(run.to_device(pictures))
+            synthetic.append(raw_maps(run, model, x, p, args))
     highest = max(s_rec.max().item() for s_rec, _ in normal + synthetic)
     lowest = min(s_rec.min().item() for s_rec, _ in normal + synthetic)
     scale = (highest + lowest) / 2
@@ -932,14 +931,24 @@ def training_statistics(args, run, frozen, features, model, dataset, prompts):
 
 
 @torch.no_grad()
-def raw_maps(model, x, p, args):
+def encoded_prompts(run, model, prompts):
+    """Features (B, C, h, w) -> (B, N, D); None if the model takes no prompt."""
+    if model.prompt == "none":
+        return None
+    with run.autocast():
+        return model.encode(prompts)
+
+
+@torch.no_grad()
+def raw_maps(run, model, x, p, args):
     """S_rec and M̂ (B, S, S) of features x (B, C, h, w) with encoded prompts p (B, N, D) or None."""
-    reconstruction = model.decode(model.encode(x), p).float()
-    error = (reconstruction - x).norm(dim=1, keepdim=True)  # (B, 1, h, w)
-    s_rec = resize(error, args.image_size).squeeze(1)
-    if not args.refiner:
-        return s_rec, torch.zeros_like(s_rec)
-    return s_rec, model.refine(reconstruction, x).float()
+    with run.autocast():
+        reconstruction = model.decode(model.encode(x), p).float()
+        error = (reconstruction - x).norm(dim=1, keepdim=True)  # (B, 1, h, w)
+        s_rec = resize(error, args.image_size).squeeze(1)
+        if not args.refiner:
+            return s_rec, torch.zeros_like(s_rec)
+        return s_rec, model.refine(reconstruction, x)
 
 
 def combine(s_rec, mask, scale, args):
@@ -963,10 +972,7 @@ class Scorer:
         self.chosen = {}  # path of an image -> class of the most similar prompt
         prompts = run.to_device(state["prompts"])  # (classes, C, h, w)
         self.fingerprints = fingerprint(prompts)
-        self.encoded = None
-        if args.prompt != "none":
-            with torch.no_grad(), run.autocast():
-                self.encoded = model.encode(prompts)  # (classes, N, D)
+        self.encoded = encoded_prompts(run, model, prompts)  # (classes, N, D)
         self.images = images
         self.members = {cls: [] for cls in self.classes}  # class -> indices of its training images
         if args.prompt_test == "random" and args.prompt != "none":
@@ -977,18 +983,17 @@ class Scorer:
         s_rec, mask = self.raw(images, samples)
         return combine(s_rec, mask, self.scale, self.args)
 
-    @torch.no_grad()
     def raw(self, images, samples):
         """S_rec and M̂, (B, S, S) each."""
         x = self.features(images)
-        with self.run.autocast():
-            return raw_maps(self.model, x, self.prompts_of(x, samples), self.args)
+        return raw_maps(self.run, self.model, x, self.prompts_of(x, samples), self.args)
 
     @torch.no_grad()
     def pooled(self, images):
         """The encoded tokens' average, (B, 3, S, S) -> (B, D), for CADA."""
+        x = self.features(images)
         with self.run.autocast():
-            return self.model.encode(self.features(images)).mean(1)
+            return self.model.encode(x).mean(1)
 
     def prompts_of(self, x, samples):
         """Encoded prompts (B, N, D) for features x (B, C, h, w); None for --prompt none."""
@@ -1018,7 +1023,8 @@ class Scorer:
             rng = np.random.default_rng([self.args.seed, 5, zlib.crc32(name.encode())])
             members = self.members[self.classes[row]]
             pictures.append(self.images[int(rng.choice(members))])
-        return self.model.encode(self.features(self.run.to_device(torch.stack(pictures))))
+        x = self.features(self.run.to_device(torch.stack(pictures)))
+        return encoded_prompts(self.run, self.model, x)
 
     def selection(self, samples):
         """Share of images whose most similar prompt is of their own class; None when no class is

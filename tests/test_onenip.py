@@ -504,6 +504,27 @@ def test_prompt_of_the_given_or_of_a_wrong_class(changes, used):
         torch.testing.assert_close(p, model.encode(prompts[[used]]))
 
 
+@pytest.mark.parametrize("prompt_test", ["fixed", "random"])
+def test_frozen_features_are_never_computed_in_mixed_precision(prompt_test, tiny_data):
+    """--amp is for the trained part: scoring, prompts and pooled features see the backbone as training saw it."""
+    model, args = make(channels=3, prompt_test=prompt_test, image_size=64)
+    seen = []
+
+    class Watching(Passing):
+        def forward(self, images):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return F.avg_pool2d(images.float(), 16)
+
+    images = data.Images(data.load(str(tiny_data)).train, 64)
+    classes = sorted({s.cls for s in images.samples})
+    state = {"classes": classes, "scale": 1.0, "prompts": torch.randn(len(classes), 3, 4, 4)}
+    run = runtime.Run("onenip", None, torch.device("cpu"), amp="bf16")
+    score = onenip.Scorer(args, run, Watching(), model, state, images)
+    score(images[0][None], images.samples[:1])
+    score.pooled(images[0][None])
+    assert seen == [False] * (3 if prompt_test == "random" else 2)
+
+
 def test_score_of_an_image_does_not_depend_on_its_batch():
     score, _, _, _ = scorer()
     x, samples = torch.randn(4, 24, 4, 4), [sample(i, "a") for i in range(4)]
