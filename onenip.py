@@ -34,7 +34,7 @@ Where this file differs from the paper (P) or from the authors' code (C), and wh
      --dice code|paper|smooth (C has no factor 2 and smooths by 1).
   4. c puts M̂ on the scale of S_rec; P has none. C takes (max + min)/2 of S_rec over the whole *test
      set*. Here over training images and pseudo-anomalies: nothing is learned from the test set;
-     --score-scale test is C.
+     --score-scale test is C, none is P.
   5. Image score: P takes the maximum of S (--pool 1), C and default after a 16x16 average pooling.
   6. Prompt at test: P picks from a pool with one training image per class the one whose feature is
      most similar; C takes a random training image of the *true* class. Here P (no class label is
@@ -133,9 +133,10 @@ class Args(Options):
     )
     score_scale: str = option(
         "train",
-        "images whose S_rec gives the refiner's scale c: training or (leaking) test",
+        "images whose S_rec gives the refiner's scale c: training or (leaking) test; none: c = 1, "
+        "Eq. 10 as printed",
         group="scoring",
-        choices=("train", "test"),
+        choices=("train", "test", "none"),
     )
     pool: int = option(
         16,
@@ -454,10 +455,8 @@ class OneNIP(nn.Module):
         return answer
 
     def refine(self, reconstruction, features):
-        """Eq. 6: |F̂ - F| (B, C, h, w) -> M̂ in (0, 1), (B, S, S)."""
-        error = (reconstruction - features).abs()
-        logits = self.refiner(error).float()  # (B, 1, 4h, 4w)
-        return torch.sigmoid(resize(logits, self.image_size)).squeeze(1)
+        """Eq. 6: |F̂ - F| (B, C, h, w) -> logits of the mask M̂ (B, 1, 4h, 4w)."""
+        return self.refiner((reconstruction - features).abs()).float()
 
     def forward(self, normal, synthetic, prompt):
         """One pass of training.
@@ -482,13 +481,18 @@ class OneNIP(nn.Module):
             restored = reconstruction[len(normal) :]
         mask = None
         if self.refiner is not None:
-            mask = self.refine(reconstruction, both)
+            mask = mask_of(self.refine(reconstruction, both), self.image_size)
         return reconstructed, restored, mask
 
 
 def resize(maps, size):
     """(B, C, h, w) -> (B, C, size, size)."""
     return F.interpolate(maps, (size, size), mode="bilinear", align_corners=True)
+
+
+def mask_of(logits, size):
+    """M̂ in (0, 1): (B, 1, 4h, 4w) -> (B, size, size)."""
+    return torch.sigmoid(resize(logits, size)).squeeze(1)
 
 
 # ------------------------------------------------------------------------------------------ losses
@@ -884,8 +888,8 @@ def train(args, run, features, model, images):
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         job.record(loss, parts)
-    scale, normal = training_statistics(args, run, frozen, features, model.eval(), dataset, prompts)
-    return job.finish(scale=scale, normal_score=normal)
+    found = training_statistics(args, run, frozen, features, model.eval(), dataset, prompts)
+    return job.finish(**found)
 
 
 def features_of(frozen, dataset, indices):
@@ -895,15 +899,14 @@ def features_of(frozen, dataset, indices):
 
 
 def training_statistics(args, run, frozen, features, model, dataset, prompts):
-    """What scoring takes from training images (up to 256) and pseudo-anomalies made of them.
+    """What scoring takes from training images (N, up to 256) and pseudo-anomalies made of them.
 
-    Returns:
-        scale: c = (max + min)/2 of S_rec over both.
-        normal_score: the 99 % quantile of the normal images' scores, which --predict compares with.
+    Returns {"scale": c = (max + min)/2 of S_rec over both, "normal_errors": (N, 1, h, w),
+    "normal_logits": (N, 1, 4h, 4w) or None}: of the normal images, for `normal_score`.
     """
     classes = list(dataset.fixed)
     count = min(256, len(dataset.cls))
-    normal, synthetic = [], []  # (S_rec, M̂) of each batch
+    errors, logits, s_rec = [], [], []  # of each batch
     encoded = encoded_prompts(run, model, prompts)
     for first in run.progress(range(0, count, args.batch_size), "training statistics"):
         last = min(first + args.batch_size, count)
@@ -914,17 +917,23 @@ def training_statistics(args, run, frozen, features, model, dataset, prompts):
         p = None
         if encoded is not None:
             p = encoded[[classes.index(dataset.cls[i]) for i in indices]]
-        normal.append(raw_maps(run, model, frozen(batch), p, args))
+        error, logit = reconstruct(run, model, frozen(batch), p)
+        errors.append(error)
+        logits.append(logit)
+        s_rec.append(resize(error, args.image_size))
         if dataset.synthetic:
             made = [dataset.pseudo_anomaly(i, number) for i, number in zip(indices, numbers)]
             pictures = torch.stack([image for image, _ in made])  # (B, 3, S, S)
             x = features(run.to_device(pictures))
-            synthetic.append(raw_maps(run, model, x, p, args))
-    highest = max(s_rec.max().item() for s_rec, _ in normal + synthetic)
-    lowest = min(s_rec.min().item() for s_rec, _ in normal + synthetic)
-    scale = (highest + lowest) / 2
-    scores = [combine(s_rec, mask, scale, args)[1] for s_rec, mask in normal]
-    return scale, torch.cat(scores).quantile(0.99).item()
+            error, _ = reconstruct(run, model, x, p)
+            s_rec.append(resize(error, args.image_size))
+    highest = max(maps.max().item() for maps in s_rec)
+    lowest = min(maps.min().item() for maps in s_rec)
+    return {
+        "scale": (highest + lowest) / 2,
+        "normal_errors": torch.cat(errors).cpu(),
+        "normal_logits": torch.cat(logits).cpu() if args.refiner else None,
+    }
 
 
 # ----------------------------------------------------------------------------------------- scoring
@@ -940,23 +949,40 @@ def encoded_prompts(run, model, prompts):
 
 
 @torch.no_grad()
-def raw_maps(run, model, x, p, args):
-    """S_rec and M̂ (B, S, S) of features x (B, C, h, w) with encoded prompts p (B, N, D) or None."""
+def reconstruct(run, model, x, p):
+    """Features x (B, C, h, w), with encoded prompts p (B, N, D) or None, as the model sees them.
+
+    Returns ||F̂ - F||₂ (B, 1, h, w) and the logits of M̂ (B, 1, 4h, 4w), None without a refiner.
+    """
     with run.autocast():
         reconstruction = model.decode(model.encode(x), p).float()
-        error = (reconstruction - x).norm(dim=1, keepdim=True)  # (B, 1, h, w)
-        s_rec = resize(error, args.image_size).squeeze(1)
-        if not args.refiner:
-            return s_rec, torch.zeros_like(s_rec)
-        return s_rec, model.refine(reconstruction, x)
+        error = (reconstruction - x).norm(dim=1, keepdim=True)  # of S_rec
+        logits = None
+        if model.refiner is not None:
+            logits = model.refine(reconstruction, x)
+    return error, logits
 
 
-def combine(s_rec, mask, scale, args):
-    """S and its image score: (B, S, S), (B,). `scale` is c (departure 4)."""
+def combine(error, logits, scale, args):
+    """What `reconstruct` gave -> S (B, S, S) and its image scores (B,). `scale`: c (departure 4)."""
+    s_rec = resize(error, args.image_size).squeeze(1)  # (B, 1, h, w) -> (B, S, S)
     s = s_rec
-    if args.refiner:
+    if logits is not None:
+        mask = mask_of(logits, args.image_size)
         s = (1 - args.alpha) * s_rec + args.alpha * scale * mask  # Eq. 10
     return s, image_score(box(s, args.pool), "max")
+
+
+def normal_score(args, state, scale):
+    """The 99 % quantile of the training images' scores, as the scoring options make them: what
+    --predict compares with."""
+    scores = []
+    for i in range(len(state["normal_errors"])):
+        error, logits = state["normal_errors"][i : i + 1], None
+        if args.refiner:
+            logits = state["normal_logits"][i : i + 1]
+        scores.append(combine(error, logits, scale, args)[1])
+    return torch.cat(scores).quantile(0.99).item()
 
 
 class Scorer:
@@ -980,13 +1006,14 @@ class Scorer:
                 self.members[sample.cls].append(i)
 
     def __call__(self, images, samples):
-        s_rec, mask = self.raw(images, samples)
-        return combine(s_rec, mask, self.scale, self.args)
+        error, logits = self.reconstruct(images, samples)
+        return combine(error, logits, self.scale, self.args)
 
-    def raw(self, images, samples):
-        """S_rec and M̂, (B, S, S) each."""
+    @torch.no_grad()
+    def reconstruct(self, images, samples):
+        """As the function of this name: (B, 1, h, w), (B, 1, 4h, 4w)."""
         x = self.features(images)
-        return raw_maps(self.run, self.model, x, self.prompts_of(x, samples), self.args)
+        return reconstruct(self.run, self.model, x, self.prompts_of(x, samples))
 
     @torch.no_grad()
     def pooled(self, images):
@@ -1042,6 +1069,15 @@ def fingerprint(x):
     return F.normalize(x.mean((2, 3)), dim=1)
 
 
+def scale_of(args, run, score, dataset, state):
+    """c by --score-scale (departure 4)."""
+    if args.score_scale == "none":
+        return 1.0
+    if args.score_scale == "test":
+        return scale_of_test_set(args, run, score, dataset)
+    return state["scale"]
+
+
 def scale_of_test_set(args, run, score, dataset):
     """The authors' c: (max + min)/2 of S_rec over the whole test set (departure 4)."""
     samples = dataset.test[run.rank :: run.world]
@@ -1050,7 +1086,8 @@ def scale_of_test_set(args, run, score, dataset):
     for first in run.progress(range(0, len(samples), args.batch_size), "scale on the test set"):
         part = samples[first : first + args.batch_size]
         batch = torch.stack([images[first + i] for i in range(len(part))])
-        s_rec, _ = score.raw(run.to_device(batch), part)
+        error, _ = score.reconstruct(run.to_device(batch), part)
+        s_rec = resize(error, args.image_size)
         extremes += [s_rec.min().item(), s_rec.max().item()]
     extremes = run.gather(extremes)
     return (max(extremes) + min(extremes)) / 2
@@ -1078,10 +1115,10 @@ def main():
     else:
         state = train(args, run, features, model, images)
     score = Scorer(args, run, features, model, state, images)
+    score.scale = scale_of(args, run, score, dataset, state)
     if args.predict:
-        return report.predict(run, args, score, state["normal_score"], columns_of(score))
-    if args.score_scale == "test":
-        score.scale = scale_of_test_set(args, run, score, dataset)
+        normal = normal_score(args, state, score.scale)
+        return report.predict(run, args, score, normal, columns_of(score))
 
     def accuracy():
         share = dataset.test[run.rank :: run.world]
@@ -1107,6 +1144,8 @@ def check(args):
         raise UsageError(f"--image-size {args.image_size}: must be a multiple of 16")
     if args.hidden % args.heads or args.hidden % 2:
         raise UsageError(f"--hidden {args.hidden}: must be a multiple of --heads and of 2")
+    if args.predict and args.score_scale == "test":
+        raise UsageError("--predict has no test set: give --score-scale train (or none)")
 
 
 def columns_of(score):

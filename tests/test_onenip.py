@@ -453,11 +453,12 @@ def test_combined_map_and_image_score():
     """S = (1 - α) S_rec + α c M̂; the score is the largest mean of a 16 x 16 window that lies inside the image."""
     g = torch.Generator().manual_seed(0)
     s_rec, mask = 10 * torch.rand(2, 24, 24, generator=g), torch.rand(2, 24, 24, generator=g)
-    s, score = onenip.combine(s_rec, mask, 7.0, onenip.Args(alpha=0.25))
+    args = onenip.Args(alpha=0.25, image_size=24)
+    s, score = onenip.combine(s_rec[:, None], mask[:, None].logit(), 7.0, args)
     torch.testing.assert_close(s, 0.75 * s_rec + 0.25 * 7.0 * mask)
     best = [max(s[b, i:i + 16, j:j + 16].mean() for i in range(9) for j in range(9)) for b in range(2)]
     torch.testing.assert_close(score, torch.stack(best))
-    assert torch.equal(onenip.combine(s_rec, mask, 7.0, onenip.Args(refiner=False))[0], s_rec)
+    assert torch.equal(onenip.combine(s_rec[:, None], None, 7.0, args)[0], s_rec)
 
 
 class Passing(torch.nn.Module):
@@ -595,11 +596,38 @@ def test_predict(finished, tiny_data, tmp_path, command):
     contract.check_predict(onenip, ("ratio", "prompt"), finished, tiny_data, tmp_path / "p", command)
 
 
+def test_predict_compares_with_normal_images_scored_alike(finished, tmp_path, command):
+    """With other scoring options the training images' score is made anew. Eq. 10 as printed, in which M̂ weighs next to
+    nothing beside S_rec, must give the ratio of S_rec alone, though its scores are smaller."""
+    path = list(csv.DictReader(open(finished[0] / "scores.csv")))[3]["path"]
+
+    def predicted(*words):
+        out = tmp_path / "-".join(map(str, words))
+        done = command("onenip", "--eval", finished[0] / "checkpoint.pt", "--predict", path, "--out", out, *words)
+        assert done.status == 0, done.err
+        row = next(csv.DictReader(open(out / "predictions.csv")))
+        return float(row["score"]), float(row["ratio"])
+
+    score, ratio = predicted("--alpha", 0)
+    printed, printed_ratio = predicted("--score-scale", "none")
+    alpha = onenip.PRESETS["laptop"]["alpha"]
+    assert (1 - alpha) * score <= printed <= (1 - alpha) * score + alpha
+    assert printed_ratio == pytest.approx(ratio, rel=0.1)
+    one_pixel, ratio_of_pixels = predicted("--alpha", 0, "--pool", 1)
+    assert one_pixel > score and ratio_of_pixels == pytest.approx(ratio, rel=0.5)
+
+    state = torch.load(finished[0] / "checkpoint.pt", weights_only=True)
+    args = onenip.Args(**{**state["args"], "alpha": 0.0, "pool": 64})
+    means = F.interpolate(state["normal_errors"], (64, 64), mode="bilinear", align_corners=True).mean((1, 2, 3))
+    assert onenip.normal_score(args, state, 1.0) == pytest.approx(means.quantile(0.99).item(), rel=1e-5)
+
+
 def test_corruption_and_options_at_evaluation(finished, tmp_path, command, metrics_of):
     """--corrupt and the scoring options act on a finished checkpoint; each leaves its trace in the numbers."""
     first, checkpoint = metrics_of(finished[0]), finished[0] / "checkpoint.pt"
     for i, words in enumerate((("--corrupt", "gaussian_noise:5"), ("--alpha", 0), ("--prompt-test", "wrong"),
-                               ("--prompt-test", "random"), ("--score-scale", "test"))):
+                               ("--prompt-test", "random"), ("--score-scale", "test"),
+                               ("--score-scale", "none"))):
         assert command("onenip", "--eval", checkpoint, "--out", tmp_path / str(i), *words).status == 0, words
         assert metrics_of(tmp_path / str(i))["mean"] != first["mean"], words
     assert metrics_of(tmp_path / "0")["data"].endswith("gaussian_noise:5")
@@ -708,6 +736,7 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
         (("--eval", checkpoint, "--encoder-layers", "3"), "checkpoint.pt"),
         (("--predict", bad / "text" / "photo.png"), "--eval"),
         (("--eval", checkpoint, "--predict", bad / "empty"), "empty"),
+        (("--eval", checkpoint, "--predict", good, "--score-scale", "test"), "--score-scale train"),
         (("--eval", checkpoint, "--predict", bad / "text" / "photo.png"), "photo.png"),
         (("--data", tiny_data, "--lr", "1e30", "--clip", "1e30"), "NaN"),
     ]
