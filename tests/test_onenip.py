@@ -75,6 +75,12 @@ def test_features_are_frozen_and_of_the_paper_size():
     assert not any(m.training for m in features.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
 
+def test_paper_preset_resizes_masks_as_the_authors_do():
+    """By nearest neighbour, which moves P-AP; our own default, half, elsewhere."""
+    preset = {data: runtime.parse(onenip.Args, onenip.PRESETS, "", ["--data", data]) for data in ("mvtec", "synth")}
+    assert (preset["mvtec"].mask_rule, preset["synth"].mask_rule) == ("nearest", "half")
+
+
 # --------------------------------------------------------------------------------- model, against transcriptions
 
 
@@ -131,6 +137,16 @@ def test_decoder_is_equation_3():
     torch.testing.assert_close(got, expected)
 
 
+def test_dropout_is_where_the_authors_apply_it():
+    """In the encoder's MLPs and in UniAD's, not in those of OneNIP's decoder."""
+    model, _ = make(dropout=0.5)
+    uniad, _ = make(dropout=0.5, prompt="none")
+    model.train()
+    x = torch.randn(2, 16, 32)
+    for layer, random in ((model.encoder[0], True), (model.decoder[0], False), (uniad.decoder[0], True)):
+        assert torch.equal(layer.mlp(x), layer.mlp(x)) != random
+
+
 @pytest.mark.parametrize("prompt", ["none", "static"])
 def test_query_decoder_is_uniad(prompt):
     """Each layer's query (a learned table, or the encoded prompt) asks the encoder, then the layer before."""
@@ -155,6 +171,21 @@ def test_position_is_column_then_row():
             torch.testing.assert_close(pos[4 * r + c], torch.cat([model.column[c], model.row[r]]))
 
 
+def test_start_of_the_weights():
+    """Queries, keys and values start as in torch's own multi-head attention, all else Xavier; biases are zero."""
+    torch.manual_seed(0)
+    model = onenip.OneNIP(272, 14, onenip.Args(encoder_layers=1, decoder_layers=1))
+    layer = model.encoder[0].attention
+    torchs = torch.nn.MultiheadAttention(256, 8)
+    ours = torch.cat([layer.to_q.weight, layer.to_k.weight, layer.to_v.weight])
+    assert ours.std().item() == pytest.approx(torchs.in_proj_weight.std().item(), rel=0.01)
+    assert ours.abs().max().item() == pytest.approx(math.sqrt(6 / (4 * 256)), rel=0.001)
+    for linear in (layer.to_out, model.input, model.encoder[0].mlp[0]):
+        bound = math.sqrt(6 / sum(linear.weight.shape))
+        assert linear.weight.abs().max().item() == pytest.approx(bound, rel=0.001)
+    assert all(not m.bias.any() for m in model.modules() if isinstance(m, torch.nn.Linear))
+
+
 def test_jitter_has_the_stated_scale_and_is_off_in_evaluation():
     """Noise of standard deviation ‖token‖ · 20 / C on every token in training (feature jitter of UniAD)."""
     model, args = make(encoder_layers=0)
@@ -168,9 +199,9 @@ def test_jitter_has_the_stated_scale_and_is_off_in_evaluation():
 # -------------------------------------------------------------------------------------------------------- losses
 
 
-@pytest.mark.parametrize("form", ["code", "paper"])
-def test_dice_loss(form):
-    """Pixel by pixel against Eq. 7 and against the form of the code."""
+@pytest.mark.parametrize("form, factor, smoothing", [("code", 1, 1), ("paper", 2, 0), ("smooth", 2, 1)])
+def test_dice_loss(form, factor, smoothing):
+    """Pixel by pixel against Eq. 7, against the form of the code, and against both together."""
     g = torch.Generator().manual_seed(0)
     predicted, mask = torch.rand(2, 5, 7, generator=g), (torch.rand(2, 5, 7, generator=g) > 0.7).float()
     total = 0.0
@@ -179,9 +210,29 @@ def test_dice_loss(form):
         for row_hat, row in zip(m_hat, m):
             for a, b in zip(row_hat, row):
                 overlap, squares_hat, squares = overlap + a * b, squares_hat + a * a, squares + b * b
-        total += 1 - 2 * overlap / (squares_hat + squares) if form == "paper" else (
-            1 - (overlap + 1) / (squares_hat + squares + 1))
+        total += 1 - (factor * overlap + smoothing) / (squares_hat + squares + smoothing)
     assert onenip.dice_loss(predicted, mask, form).item() == pytest.approx(total / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("form, learns", [("code", True), ("paper", False), ("smooth", True)])
+def test_dice_loss_of_a_normal_image(form, learns):
+    """An empty mask: Eq. 7 as printed is the constant 1, so that nothing is learned from it, the smoothed forms push M̂
+    down; and zeros against zeros give a number."""
+    predicted = torch.full((2, 5, 7), 0.3, requires_grad=True)
+    loss = onenip.dice_loss(predicted, torch.zeros(2, 5, 7), form)
+    loss.backward()
+    assert bool((predicted.grad > 0).all()) == learns and bool(predicted.grad.any()) == learns
+    empty = torch.zeros(2, 5, 7, requires_grad=True)
+    loss = onenip.dice_loss(empty, torch.zeros(2, 5, 7), form)
+    loss.backward()
+    assert loss.item() == (0 if learns else 1) and torch.isfinite(empty.grad).all()
+
+
+def test_dice_loss_of_a_perfect_mask():
+    """0 with factor 2; the code's form, which lacks it, stays at about one half."""
+    mask = torch.zeros(1, 40, 40)
+    mask[:, 10:30, 10:30] = 1
+    assert [round(onenip.dice_loss(mask, mask, form).item(), 2) for form in ("paper", "smooth", "code")] == [0, 0, 0.5]
 
 
 @pytest.mark.parametrize("weights, factor", [("code", 1.0), ("paper", 0.5)])
@@ -324,29 +375,66 @@ def test_texture_ops_keep_shape_and_type():
             assert out.shape == (32, 32, 3) and out.dtype == np.uint8 and np.array_equal(texture, before)
 
 
+def test_hue_and_saturation_shift_independently():
+    """DRAEM adds one number of ±50 to the hue and another to the saturation (AddToHueAndSaturation, per channel)."""
+    hsv = np.full((8, 8, 3), (100, 120, 200), np.uint8)
+    texture = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
+    before, shifts = np.asarray(Image.fromarray(texture).convert("HSV")).astype(int)[0, 0], []
+    for seed in range(300):
+        changed = onenip._hue_saturation(texture, np.random.default_rng(seed))
+        shifts.append(np.asarray(Image.fromarray(changed).convert("HSV")).astype(int)[0, 0] - before)
+    shifts = np.array(shifts)
+    assert np.abs(shifts[:, :2]).max() <= 53 and shifts[:, 0].std() > 24 and shifts[:, 1].std() > 24  # ±3: rounding
+    assert abs(np.corrcoef(shifts[:, 0], shifts[:, 1])[0, 1]) < 0.2
+    assert np.abs(shifts[:, 2]).max() <= 1
+
+
+def test_solarize_inverts_what_is_at_or_above_its_threshold():
+    """imgaug's Solarize(0.5, threshold=(32, 128)): half of the textures; dark values stay, bright ones are inverted."""
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    inverted = 0
+    for seed in range(100):
+        out = onenip._solarize(ramp, np.random.default_rng(seed))
+        if np.array_equal(out, ramp):
+            continue
+        inverted += 1
+        first = int(np.argmax(out.reshape(-1, 3)[:, 0] != np.arange(256)))
+        assert 32 <= first <= 128
+        expected = np.where(ramp < first, ramp, 255 - ramp)
+        assert np.array_equal(out, expected)
+    assert 35 < inverted < 65
+
+
 def test_training_stream(tiny_data):
     """Sample k is a function of (seed, k); an epoch shows every image once; prompts are of the image's own class, all
     of them over time, or always the fixed one; a texture folder is used."""
     samples = data.load(str(tiny_data)).train
     images = data.Images(samples, 64)
-    classes = sorted({s.cls for s in samples})
-    fixed = {c: next(i for i, s in enumerate(samples) if s.cls == c) for c in classes}
+    fixed = onenip.fixed_prompts(samples, 3)
+    assert list(fixed) == sorted({s.cls for s in samples})
+    assert all(samples[i].cls == cls for cls, i in fixed.items())
     args = onenip.Args(**TINY, seed=3)
-    stream = onenip.Triplets(images, samples, args, fixed, whole_images=True)
+    stream = onenip.Triplets(images, args, fixed, 7, needs_images=True)
     n = len(samples)
+    assert stream.steps(epochs=2) == math.ceil(2 * n / 7), "no image of an epoch is dropped"
     items = [stream[k] for k in range(2 * n)]
-    assert sorted(item["index"] for item in items[:n]) == sorted(item["index"] for item in items[n:]) == list(range(n))
-    assert [i["index"] for i in items[:n]] != [i["index"] for i in items[n:]]
-    assert all(samples[i["index"]].cls == samples[i["prompt"]].cls for i in items)
-    assert any(i["index"] != i["prompt"] for i in items)
-    again = onenip.Triplets(images, samples, args, fixed, whole_images=True)[n + 5]
-    assert all(torch.equal(torch.as_tensor(again[key]), torch.as_tensor(items[n + 5][key])) for key in again)
-    assert torch.equal(again["normal_image"], images[again["index"]])
-    banked = onenip.Triplets(images, samples, dataclasses.replace(args, bank=3), fixed, False)
-    assert all(banked[k]["number"] // 3 == banked[k]["index"] for k in range(n)), "a pseudo-anomaly of this very image"
-    assert {banked[k]["number"] % 3 for k in range(n)} == {0, 1, 2}
-    once = onenip.Triplets(images, samples, dataclasses.replace(args, prompt_train="fixed"), fixed, False)
-    assert all(once[k]["prompt"] == fixed[samples[once[k]["index"]].cls] for k in range(8))
+    normal = [item["normal"]["index"] for item in items]
+    prompt = [item["prompt"]["index"] for item in items]
+    assert sorted(normal[:n]) == sorted(normal[n:]) == list(range(n)) and normal[:n] != normal[n:]
+    assert all(samples[i].cls == samples[p].cls for i, p in zip(normal, prompt))
+    assert normal != prompt
+    again = onenip.Triplets(images, args, fixed, 7, needs_images=True)[n + 5]
+    for part in ("normal", "prompt", "synthetic"):
+        for key, value in again[part].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(items[n + 5][part][key]))
+    for part in ("normal", "prompt"):
+        assert torch.equal(again[part]["image"], images[again[part]["index"]])
+    banked = onenip.Triplets(images, dataclasses.replace(args, bank=3), fixed, 7, needs_images=False)
+    numbers = [banked[k]["synthetic"]["index"] for k in range(n)]
+    assert [number // 3 for number in numbers] == normal[:n], "a pseudo-anomaly of this very image"
+    assert {number % 3 for number in numbers} == {0, 1, 2} and banked[0]["normal"].keys() == {"index"}
+    once = onenip.Triplets(images, dataclasses.replace(args, prompt_train="fixed"), fixed, 7, False)
+    assert all(once[k]["prompt"]["index"] == fixed[samples[normal[k]].cls] for k in range(8))
 
 
 def test_textures_from_a_folder(tmp_path):
@@ -365,11 +453,12 @@ def test_combined_map_and_image_score():
     """S = (1 - α) S_rec + α c M̂; the score is the largest mean of a 16 x 16 window that lies inside the image."""
     g = torch.Generator().manual_seed(0)
     s_rec, mask = 10 * torch.rand(2, 24, 24, generator=g), torch.rand(2, 24, 24, generator=g)
-    s, score = onenip.combine(s_rec, mask, 7.0, onenip.Args(alpha=0.25))
+    args = onenip.Args(alpha=0.25, image_size=24)
+    s, score = onenip.combine(s_rec[:, None], mask[:, None].logit(), 7.0, args)
     torch.testing.assert_close(s, 0.75 * s_rec + 0.25 * 7.0 * mask)
     best = [max(s[b, i:i + 16, j:j + 16].mean() for i in range(9) for j in range(9)) for b in range(2)]
     torch.testing.assert_close(score, torch.stack(best))
-    assert torch.equal(onenip.combine(s_rec, mask, 7.0, onenip.Args(refiner=False))[0], s_rec)
+    assert torch.equal(onenip.combine(s_rec[:, None], None, 7.0, args)[0], s_rec)
 
 
 class Passing(torch.nn.Module):
@@ -381,10 +470,10 @@ class Passing(torch.nn.Module):
 
 def scorer(**changes):
     model, args = make(**changes)
-    pool = torch.randn(3, 24, 4, 4, generator=torch.Generator().manual_seed(5))
+    prompts = torch.randn(3, 24, 4, 4, generator=torch.Generator().manual_seed(5))
     run = runtime.Run("onenip", None, torch.device("cpu"))
-    state = {"classes": ["a", "b", "c"], "scale": 2.0, "pool": pool}
-    return onenip.Scorer(args, run, Passing(), model, state), pool, model.eval(), args
+    state = {"classes": ["a", "b", "c"], "scale": 2.0, "prompts": prompts}
+    return onenip.Scorer(args, run, Passing(), model, state), prompts, model.eval(), args
 
 
 def sample(name, cls):
@@ -394,14 +483,14 @@ def sample(name, cls):
 
 def test_prompt_is_chosen_by_cosine_without_the_label():
     """Each image gets the prompt with the most similar pooled features, whatever its length and its label."""
-    score, pool, model, args = scorer()
-    x = torch.stack([5 * pool[2], 0.1 * pool[0]])
+    score, prompts, model, args = scorer()
+    x = torch.stack([5 * prompts[2], 0.1 * prompts[0]])
     samples = [sample("x", "a"), sample("y", "a")]
     maps, scores = score(x, samples)
     assert [score.chosen["x.png"], score.chosen["y.png"]] == ["c", "a"]
     assert score.selection(samples) == 0.5
     with torch.no_grad():
-        s_rec = (model.decode(model.encode(x), model.encode(pool[[2, 0]])) - x).norm(dim=1, keepdim=True)
+        s_rec = (model.decode(model.encode(x), model.encode(prompts[[2, 0]])) - x).norm(dim=1, keepdim=True)
     expected = F.interpolate(s_rec, (64, 64), mode="bilinear", align_corners=True)[:, 0]
     rest = (maps - 0.5 * expected) / (0.5 * 2.0)
     assert 0 < rest.min() and rest.max() < 1, "what is left must be the refiner's map"
@@ -410,14 +499,35 @@ def test_prompt_is_chosen_by_cosine_without_the_label():
 @pytest.mark.parametrize("changes, used", [(dict(prompt_class="given"), 0), (dict(prompt_test="wrong"), 1)])
 def test_prompt_of_the_given_or_of_a_wrong_class(changes, used):
     """Given: the true class's prompt although another is more similar; wrong: never the true class's."""
-    score, pool, model, args = scorer(**changes)
-    p = score.prompt_of(pool[[2]], [sample("x", "a")])
+    score, prompts, model, args = scorer(**changes)
+    p = score.prompts_of(prompts[[2]], [sample("x", "a")])
     with torch.no_grad():
-        torch.testing.assert_close(p, model.encode(pool[[used]]))
+        torch.testing.assert_close(p, model.encode(prompts[[used]]))
+
+
+@pytest.mark.parametrize("prompt_test", ["fixed", "random"])
+def test_frozen_features_are_never_computed_in_mixed_precision(prompt_test, tiny_data):
+    """--amp is for the trained part: scoring, prompts and pooled features see the backbone as training saw it."""
+    model, args = make(channels=3, prompt_test=prompt_test, image_size=64)
+    seen = []
+
+    class Watching(Passing):
+        def forward(self, images):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return F.avg_pool2d(images.float(), 16)
+
+    images = data.Images(data.load(str(tiny_data)).train, 64)
+    classes = sorted({s.cls for s in images.samples})
+    state = {"classes": classes, "scale": 1.0, "prompts": torch.randn(len(classes), 3, 4, 4)}
+    run = runtime.Run("onenip", None, torch.device("cpu"), amp="bf16")
+    score = onenip.Scorer(args, run, Watching(), model, state, images)
+    score(images[0][None], images.samples[:1])
+    score.pooled(images[0][None])
+    assert seen == [False] * (3 if prompt_test == "random" else 2)
 
 
 def test_score_of_an_image_does_not_depend_on_its_batch():
-    score, pool, _, _ = scorer()
+    score, _, _, _ = scorer()
     x, samples = torch.randn(4, 24, 4, 4), [sample(i, "a") for i in range(4)]
     together = score(x, samples)[0]
     alone = torch.cat([score(x[i:i + 1], samples[i:i + 1])[0] for i in range(4)])
@@ -486,11 +596,38 @@ def test_predict(finished, tiny_data, tmp_path, command):
     contract.check_predict(onenip, ("ratio", "prompt"), finished, tiny_data, tmp_path / "p", command)
 
 
+def test_predict_compares_with_normal_images_scored_alike(finished, tmp_path, command):
+    """With other scoring options the training images' score is made anew. Eq. 10 as printed, in which M̂ weighs next to
+    nothing beside S_rec, must give the ratio of S_rec alone, though its scores are smaller."""
+    path = list(csv.DictReader(open(finished[0] / "scores.csv")))[3]["path"]
+
+    def predicted(*words):
+        out = tmp_path / "-".join(map(str, words))
+        done = command("onenip", "--eval", finished[0] / "checkpoint.pt", "--predict", path, "--out", out, *words)
+        assert done.status == 0, done.err
+        row = next(csv.DictReader(open(out / "predictions.csv")))
+        return float(row["score"]), float(row["ratio"])
+
+    score, ratio = predicted("--alpha", 0)
+    printed, printed_ratio = predicted("--score-scale", "none")
+    alpha = onenip.PRESETS["laptop"]["alpha"]
+    assert (1 - alpha) * score <= printed <= (1 - alpha) * score + alpha
+    assert printed_ratio == pytest.approx(ratio, rel=0.1)
+    one_pixel, ratio_of_pixels = predicted("--alpha", 0, "--pool", 1)
+    assert one_pixel > score and ratio_of_pixels == pytest.approx(ratio, rel=0.5)
+
+    state = torch.load(finished[0] / "checkpoint.pt", weights_only=True)
+    args = onenip.Args(**{**state["args"], "alpha": 0.0, "pool": 64})
+    means = F.interpolate(state["normal_errors"], (64, 64), mode="bilinear", align_corners=True).mean((1, 2, 3))
+    assert onenip.normal_score(args, state, 1.0) == pytest.approx(means.quantile(0.99).item(), rel=1e-5)
+
+
 def test_corruption_and_options_at_evaluation(finished, tmp_path, command, metrics_of):
     """--corrupt and the scoring options act on a finished checkpoint; each leaves its trace in the numbers."""
     first, checkpoint = metrics_of(finished[0]), finished[0] / "checkpoint.pt"
     for i, words in enumerate((("--corrupt", "gaussian_noise:5"), ("--alpha", 0), ("--prompt-test", "wrong"),
-                               ("--prompt-test", "random"), ("--score-scale", "test"))):
+                               ("--prompt-test", "random"), ("--score-scale", "test"),
+                               ("--score-scale", "none"))):
         assert command("onenip", "--eval", checkpoint, "--out", tmp_path / str(i), *words).status == 0, words
         assert metrics_of(tmp_path / str(i))["mean"] != first["mean"], words
     assert metrics_of(tmp_path / "0")["data"].endswith("gaussian_noise:5")
@@ -581,6 +718,8 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
         (("--data", tiny_data, "--steps", "many"), "--steps"),
         (("--data", tiny_data, "--lr", "-1"), "--lr"),
         (("--data", tiny_data, "--image-size", "100"), "--image-size"),
+        (("--data", tiny_data, "--heads", "3"), "--hidden"),
+        (("--data", tiny_data, "--bank", "2", "--memory-share", "0"), "--bank"),
         (("--data", tiny_data, "--hiden", "100"), "--hiden"),
         (("--data", tiny_data, "--backbone", "vgg16"), "--backbone"),
         (("--data", tiny_data, "--weights", bad / "none.pth"), "none.pth"),
@@ -597,6 +736,7 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
         (("--eval", checkpoint, "--encoder-layers", "3"), "checkpoint.pt"),
         (("--predict", bad / "text" / "photo.png"), "--eval"),
         (("--eval", checkpoint, "--predict", bad / "empty"), "empty"),
+        (("--eval", checkpoint, "--predict", good, "--score-scale", "test"), "--score-scale train"),
         (("--eval", checkpoint, "--predict", bad / "text" / "photo.png"), "photo.png"),
         (("--data", tiny_data, "--lr", "1e30", "--clip", "1e30"), "NaN"),
     ]
