@@ -226,7 +226,7 @@ class Base:
         self.args.smoothing = smoothing
         base = cada.Trained(self.args, run_stub(), Teacher(batch), self.model)
         calibration = cada.Calibration(self.args, base.phi_channels, [])
-        samples = [SimpleNamespace(image=name) for name in "ab"]
+        samples = [SimpleNamespace(image=name, cls="", label=0) for name in "ab"]
         return cada.Scorer(self.args, run_stub(), base, calibration)(self.images(batch), samples)
 
     def loss(self, batch, step):
@@ -689,8 +689,8 @@ OMNIAD = dict(
     sigma=4.0, score="max", mask_rule="half",  # C
 )
 ROADS = dict(
-    **REVERSE_DISTILLATION, depths="3,4,6",
-    eta=0.95, delta=0.025, mu=0.025,  # P, Eq. 6 and row ROADS-4
+    **REVERSE_DISTILLATION, depths="3,3,4,6",
+    eta=0.95, delta=0.025, zeta=0.025, mu=0.025,  # P, Eq. 6 and row ROADS-4
     lr=5e-3, schedule="constant", distance="flat", sigma=4.0, mask_rule="half",  # C
 )
 REVDIST = dict(
@@ -760,7 +760,7 @@ def steps_of(monkeypatch, command, tiny_data, tmp_path):
 SMALL = {
     "onenip": "--hidden 16 --heads 2 --mlp 16 --encoder-layers 1 --decoder-layers 1",
     "omniad": "--depths 1,1,1,1 --tokens 4",
-    "roads": "--depths 1,1,1 --adapter-backbone efficientnet_lite0 --adapter-weights random",
+    "roads": "--depths 1,1,1,1 --adapter-backbone efficientnet_lite0 --adapter-weights random",
     "cada": "--depths 1,1,1,1 --hidden 16 --heads 2 --mlp 16 --layers 1",
 }
 ADAMW = dict(betas=(0.9, 0.999), eps=1e-8, amsgrad=False)
