@@ -1,7 +1,9 @@
-"""The data sets: first an index of paths and labels (`load`), later pixels (`read_image`, `Images`).
+"""The data sets: first an index of paths and labels (`load`), later pixels (`Images`).
 
-    ds = data.load("mvtec", root)            # Dataset: .train and .test, lists of Sample; .classes; .problems
-    images = data.Images(ds.test, size=224)  # images[i]: uint8 (3, 224, 224); images.mask(i): bool (224, 224)
+    ds = data.load("mvtec", root)            # Dataset: .train and .test, lists of Sample; .classes; .problems; .reading
+    data.check(ds)                           # looks at every file, before hours are spent on the good ones
+    depths = data.depths(ds.train)           # {class: value that becomes white}, for images of more than 8 bits
+    images = data.Images(ds.test, size=224, depths=depths)   # images[i]: uint8 (3, 224, 224); images.mask(i): bool
     python -m common.data mvtec --data-root DIR    # the table of what is there, and every problem found
 
 | name      | folder below the root (any case)                   | layout                                             |
@@ -14,29 +16,31 @@
 | `btad`    | btad, btech_dataset_transformed                    | MVTec layout, `ok` and `ko` for good and defective |
 | `realiad` | real-iad, realiad                                  | realiad_1024 (else 512, else 256) with the lists   |
 |           |                                                    | realiad_jsons/CLS.json (or CLS.json beside CLS)    |
-| a path    | itself                                             | MVTec layout                                       |
+| a path    | itself                                             | MVTec layout; of one class: train and test; or good|
+|           |                                                    | images only: CLS/good, CLS, or the folder itself   |
 
 The root may also be the data set itself, and `a+b` joins several. Nothing is ever downloaded.
 
-What counts as what:
+What counts as what (names of folders and masks: `common/layouts.py`):
 - Labels come from the folder, csv or json, never from a mask. Training takes good images only.
-- In MVTec layout the good folder may be called `good` or `ok`, and a mask NAME.* or NAME_mask.*, of any image format.
-- Raised as `UsageError`, since no honest number could follow: a data set that is not there, a class without training or
-  without test images, files that a csv or json lists but that are missing, an image in both splits; and in `mvtec`,
-  `visa` (prepared form) and `btad`, whose every defect has a mask, a defective image without one. When pixels are read:
-  an unreadable or truncated image, a mask of another size than its image.
-- Noted in `Dataset.problems`, since the run remains meaningful: defective images without a mask (in Real-IAD, in VisA's
-  csv and in a folder of one's own; `Sample.mask` is None), masks without an image, defective or doubled training images
-  (left out), files that are no images (left out; .DS_Store, Thumbs.db and the like silently), a class whose test images
-  are all good or all defective, counts that differ from the published ones.
-- Pixels: every mode becomes 8-bit RGB. Grey is repeated; 16 bits are divided by 256 (never clipped); transparency is
-  dropped and the colour below it kept, as in the pipelines we compare with. The EXIF orientation is ignored: masks are
-  drawn on the pixels as stored, and inspection cameras do not turn.
+- Raised as `UsageError`, since no honest number could follow: a data set that is not there, a class without training
+  images, or without test images unless the caller can do without, a folder of which one cannot tell whether its images
+  are good, files that a csv or json lists but that are missing, an image in both splits; and in `mvtec`, `visa`
+  (prepared form) and `btad`, whose every defect has a mask, a defective image without one. By `check`: unreadable,
+  truncated or oversized images, masks of another size than their image.
+- Noted in `Dataset.problems`, since the run remains meaningful: one line for each kind, with count and places. For
+  instance defective images without a mask (in Real-IAD, in VisA's csv and in a folder of one's own; `Sample.mask` is
+  None), masks without an image or with nothing in them, images and folders left out, test images that are copies of
+  training images, a class whose test images are all good or all defective, counts that differ from the published ones.
+- Pixels: every mode becomes 8-bit RGB. Grey is repeated; more than 8 bits are scaled by one rule per class, see
+  `depths`; transparency is dropped and the colour below it kept, as in the pipelines we compare with. The EXIF
+  orientation is ignored: masks are drawn on the pixels as stored, and inspection cameras do not turn.
 - Masks: a pixel is defective if it is > 0 (VisA's masks hold 1, 2, 3, ...). In a palette image its colour counts, not
   its index, and a transparent pixel is not defective.
 """
 
 import argparse
+import hashlib
 import os
 import shutil
 import sys
@@ -44,6 +48,7 @@ import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,11 +56,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import UsageError, corruptions, layouts
+from common import UsageError, corruptions, files, layouts
+from common.files import read_image, read_mask
 from common.layouts import BENCHMARKS, Sample
 
 MASK_RULES = ("half", "nearest", "any")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB
+LARGE = 25_000_000  # pixels from which decoding takes longer than everything else
 
 
 @dataclass
@@ -68,34 +75,48 @@ class Dataset:
     test: list[Sample] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
     groups: dict[str, list[str]] = field(default_factory=dict)  # data-set name -> its classes; one entry unless joined
-    problems: list[str] = field(default_factory=list)  # one line each, found while indexing
+    problems: list[str] = field(default_factory=list)  # one line for each kind
+    reading: str = ""  # one line: how the folders were understood
 
 
-# --------------------------------------------------------------------------------------------------------------- index
+# ------------------------------------------------------------------------------------------------- index
 
 
 def image_files(path):
     """The image files at and below a path, sorted; the path itself if it is a file, whatever its suffix.
 
-    Returns a list of Path, empty if there are none. Raises `UsageError` if there is no such path.
+    Each folder is visited once, though links may lead to it again. Returns a list of Path, empty if there are none.
+    Raises `UsageError` if there is no such path.
     """
     path = Path(path)
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise UsageError(f"{path}: no such file or folder")
-    files = layouts.images_in(path, [])
-    for folder in layouts.folders(path):
-        files += image_files(folder)
-    return files
+    return _files_below(path, set())
 
 
-def load(name, root=None, classes=None):
+def _files_below(folder, seen):
+    """The image files of a folder and those below it; seen: the real paths of the folders visited so far."""
+    real = os.path.realpath(folder)
+    if real in seen:
+        return []
+    seen.add(real)
+    found = layouts.images_in(folder)
+    for below in layouts.folders(folder):
+        found += _files_below(below, seen)
+    return found
+
+
+def load(name, root=None, classes=None, need_test=True):
     """The index of a data set: every path and label, checked, no pixel read.
 
-    name: `synth`, `mvtec`, `visa`, `btad`, `realiad`, a folder in MVTec layout (also relative to `root`), or several of
-    these joined with `+`. root: where the data sets lie; default `$AD_DATA`, else `data`. classes: take only these.
-    Of joined sets, classes of equal name are renamed DATASET-CLASS; all others keep their names.
+    name: `synth`, `mvtec`, `visa`, `btad`, `realiad`, a folder (also relative to `root`), or several of these joined
+    with `+`. root: where the data sets lie; default `$AD_DATA`, else `data`. classes: take only these; names, or one
+    string of names with commas between them (a name may hold commas itself). need_test: refuse a class without test
+    images; otherwise `Dataset.test` may be empty.
+    Of joined sets, classes of equal name are renamed DATASET-CLASS; all others keep their names. Folders of equal name
+    are called by the folder above, too: a/x+b/x gives a-x and b-x.
 
     Returns a `Dataset`. Raises `UsageError` as the module's docstring says; unknown classes too.
     """
@@ -103,31 +124,44 @@ def load(name, root=None, classes=None):
     parts = name.split("+")
     if Path(name).is_dir():  # a folder may have a + in its name
         parts = [name]
+    notes = layouts.Notes()
     try:
         sources = [layouts.find(part, root) for part in parts]
-        unique = _unique_names(name, sources)
-        unknown = sorted(set(classes or ()) - set(unique.values()))
-        if unknown:
-            known = ", ".join(unique.values())
-            raise UsageError(f"--classes: no class '{unknown[0]}' in {name}; known: {known}")
+        _tell_apart(name, sources)
+        unique = _unique_names(sources)
+        chosen = _chosen(classes, list(unique.values()), name)
         dataset = Dataset("+".join(source.name for source in sources), root)
         if len(sources) == 1:
             dataset.root = sources[0].folder
         for source in sources:
-            _add_source(dataset, source, unique, classes)
+            _add_source(dataset, source, unique, chosen, need_test, notes)
+        _note_copies(dataset, notes)
     except OSError as error:
         reason = f"cannot read {error.filename}: {error.strerror}"
         raise UsageError(f"--data {name}: {reason}") from error
+    dataset.problems = notes.lines()
+    dataset.reading = "; ".join(_reading(dataset, source) for source in sources)
     return dataset
 
 
-def _unique_names(name, sources):
-    """{(source, class): the class's name}: with its source before it where several sources have a class of this name.
+def _tell_apart(name, sources):
+    """Give sources of equal name the name of the folder above, too. Raises `UsageError` if they are the same."""
+    times = Counter(source.name for source in sources)
+    for equal in [name for name in times if times[name] > 1]:
+        group = [source for source in sources if source.name == equal]
+        if len({source.folder.resolve() for source in group}) < len(group):
+            raise UsageError(f"--data {name}: the same data set twice; name each once")
+        places = [Path(os.path.abspath(source.folder)).parts for source in group]
+        depth = 2
+        while len({place[-depth:] for place in places}) < len(places):
+            depth += 1
+        for source, place in zip(group, places):
+            if source.benchmark is None:
+                source.name = "-".join(place[-depth:])
 
-    name: what the user asked for. Raises `UsageError` if two sources have the same name.
-    """
-    if len({source.name for source in sources}) < len(sources):
-        raise UsageError(f"--data {name}: the same data set twice; name each once")
+
+def _unique_names(sources):
+    """{(source, class): the class's name}, with its source before it where several sources have a class so called."""
     pairs = [(source.name, cls) for source in sources for cls in source.readers]
     times = Counter(cls for _, cls in pairs)
     unique = {}
@@ -136,122 +170,160 @@ def _unique_names(name, sources):
     return unique
 
 
-def _add_source(dataset, source, unique, chosen):
+def _chosen(classes, known, name):
+    """The set of the classes that the user wants, None for all; a comma may be part of a name or part two names.
+
+    The longest known name wins: with classes `a`, `b` and `a,b`, "a,b" is the last and "b,a" the first two.
+    """
+    if not classes:
+        return None
+    text = classes if isinstance(classes, str) else ",".join(classes)
+    pieces = text.split(",")
+    chosen = set()
+    while pieces:
+        for length in range(len(pieces), 0, -1):
+            candidate = ",".join(pieces[:length]).strip()
+            if candidate in known or not candidate:
+                break
+        else:
+            raise UsageError(f"--classes: no class '{candidate}' in {name}; known: {', '.join(known)}")
+        if candidate:
+            chosen.add(candidate)
+        pieces = pieces[length:]
+    return chosen
+
+
+def _add_source(dataset, source, unique, chosen, need_test, notes):
     """Read the classes of a source, or those chosen, into the data set under their unique names."""
     bar = tqdm(sorted(source.readers), f"index {source.name}", delay=2, leave=False, disable=None)
     for cls in bar:
         name = unique[source.name, cls]
-        if not chosen or name in chosen:
-            _add_class(dataset, source, cls, name)
-    dataset.problems += source.problems
-    if source.benchmark and not chosen:
-        dataset.problems += _check_total(dataset, source)
+        if chosen is None or name in chosen:
+            _add_class(dataset, source, cls, name, need_test, notes)
+    notes.extend(source.notes)
+    if source.benchmark and chosen is None:
+        _check_total(dataset, source, notes)
 
 
-def _add_class(dataset, source, cls, unique):
+def _add_class(dataset, source, cls, unique, need_test, notes):
     """Read the class `cls` of the source, check it, and add it to the data set under its unique name."""
-    train, test, problems = source.readers[cls](unique, source.name)
+    train, test = source.readers[cls](unique, source.name, notes)
     if not train:
-        raise UsageError(f"{source.folder}: class '{cls}' has no good training images (in MVTec "
-                         f"layout: {cls}/train/good); add some, or leave the class out with --classes")
-    if not test:
-        raise UsageError(f"{source.folder}: class '{cls}' has no test images (in MVTec layout: "
-                         f"{cls}/test/good and {cls}/test/DEFECT); add some, or leave the class out "
-                         "with --classes")
+        raise UsageError(f"{source.folder}: class '{cls}' has no good training images (in MVTec layout: "
+                         f"{cls}/train/good); add some, or leave the class out with --classes")
+    if need_test and not test:
+        raise UsageError(f"{source.folder}: class '{cls}' has no test images (in MVTec layout: {cls}/test/good "
+                         f"and {cls}/test/DEFECT); add some, or leave the class out with --classes")
     defective = sum(sample.label for sample in test)
     counts = len(train), len(test) - defective, defective
-    for count, kind in zip(counts[1:], ("good", "defective")):
-        if count == 0:
-            problems.append(f"{unique}: no {kind} test image, so the image metrics of this class "
-                            "are undefined")
+    if test and not counts[1]:
+        notes.add("classes without a good test image, whose image metrics are undefined", unique)
+    if test and not counts[2]:
+        notes.add("classes without a defective test image, whose metrics are undefined", unique)
     if source.benchmark:
-        problems += _check_counts(source.benchmark, cls, unique, counts)
+        _check_counts(source.benchmark, cls, unique, counts, notes)
     dataset.train += train
     dataset.test += test
     dataset.classes.append(unique)
     dataset.groups.setdefault(source.name, []).append(unique)
-    dataset.problems += problems
 
 
-def _check_counts(benchmark, cls, unique, counts):
-    """Problem lines if a class of a benchmark is unknown or has not the published size."""
+def _check_counts(benchmark, cls, unique, counts, notes):
+    """Note a class of a benchmark that is unknown or has not the published size."""
     if cls not in benchmark.counts:
-        return [f"{unique}: not a class of {benchmark.title}"]
+        notes.add(f"classes that {benchmark.title} does not have", unique)
+        return
     published = benchmark.counts[cls]
-    if published in (None, counts):
-        return []
-    return [f"{unique}: {_counts(counts)}; {benchmark.title} has {_counts(published)}"]
+    if published not in (None, counts):
+        notes.add(f"classes that differ from {benchmark.title}",
+                  f"{unique} has {_counts(counts)} instead of {_counts(published)}")
 
 
-def _check_total(dataset, source):
-    """Problem lines if a whole benchmark has not the published size."""
+def _check_total(dataset, source, notes):
+    """Note a benchmark that lacks classes, or has not the published size as a whole."""
     name, benchmark = source.name, source.benchmark
-    problems = []
     known = set(dataset.groups[name])
     absent = [cls for cls in benchmark.counts if not {cls, f"{name}-{cls}"} & known]
     if absent:
-        number = f"{len(absent)} of {len(benchmark.counts)}"
-        problems.append(f"{name}: {number} classes are missing: {', '.join(absent)}")
+        notes.add(f"classes of {benchmark.title} that are missing", ", ".join(absent), len(absent))
     training = sum(sample.dataset == name for sample in dataset.train)
     labels = [sample.label for sample in dataset.test if sample.dataset == name]
     counts = training, labels.count(0), labels.count(1)
     if counts != benchmark.total:
-        published = f"{benchmark.title} has {_counts(benchmark.total)}"
-        problems.append(f"{name}: {_counts(counts)} in all; {published}")
-    return problems
+        notes.add("data sets that have not the published size",
+                  f"{name} has {_counts(counts)} instead of {_counts(benchmark.total)}")
 
 
 def _counts(counts):
     return "{} training, {} good and {} defective test images".format(*counts)
 
 
-# -------------------------------------------------------------------------------------------------------------- pixels
+def _reading(dataset, source):
+    """How the folder of a source was understood, for instance "read nut as one class: train and test (nut): 40 ...".
 
-
-def read_image(path):
-    """The picture in a file at its own resolution: uint8 (H, W, 3), RGB; any mode and bit depth.
-
-    32-bit integers must be in 0..65535 (taken for 16 bits); floats in 0..1 or, if any is larger, in 0..255.
-    Raises `UsageError` that names the file if it is missing, damaged, truncated or out of these ranges.
+    The user shall see at once when a folder of somebody's own was taken for something else than it is.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 or 32 bits; Pillow itself would clip them at 255
-                values = np.asarray(image).astype(np.int64)  # (H, W)
-                if values.min() < 0 or values.max() > 65535:
-                    raise ValueError("its integers are not in 0..65535")
-                return np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2)  # (H, W) -> (H, W, 3)
-            if image.mode == "F":
-                values = np.asarray(image)  # (H, W) float32
-                if not (values.min() >= 0 and values.max() <= 255):  # so written, NaN is refused too
-                    raise ValueError("its floats are neither in 0..1 nor in 0..255")
-                values = values * 255 if values.max() <= 1 else values
-                return np.repeat(np.rint(values).astype(np.uint8)[..., None], 3, axis=2)  # (H, W) -> (H, W, 3)
-            if isinstance(image.info.get("transparency"), bytes):
-                image = image.convert("RGBA")  # Pillow warns about the direct way
-            return np.array(image.convert("RGB"))
-    except Exception as error:  # the decoders raise nearly every type there is
-        raise _unreadable("image", path, error) from error
+    classes = dataset.groups.get(source.name, [])
+    train = [sample for sample in dataset.train if sample.dataset == source.name]
+    test = [sample for sample in dataset.test if sample.dataset == source.name]
+    defective = sum(sample.label for sample in test)
+    names = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
+    counts = f"{len(train)} good images to train on"
+    if test:
+        counts += f", {len(test) - defective} good and {defective} defective to test on"
+    else:
+        counts += ", none to test on"
+    return f"{source.folder} read as {source.reading}; classes: {len(classes)} ({names}); {counts}"
 
 
-def read_mask(path):
-    """A mask at its own resolution: bool (H, W), True where a pixel is > 0 in any channel and not fully transparent.
+def _note_copies(dataset, notes):
+    """Note test images that are copies of training images: same content, whatever the name."""
+    train = [sample.image for sample in dataset.train]
+    test = [sample.image for sample in dataset.test]
+    # Each mark costs more than the one before, and is asked only of what the one before could not tell apart.
+    for mark in (_length, _sample_of_content, _digest):
+        marks = {path: mark(path) for path in {*train, *test}}
+        shared = {marks[path] for path in train} & {marks[path] for path in test}
+        train = [path for path in train if marks[path] in shared]
+        test = [path for path in test if marks[path] in shared]
+    if not test:
+        return
+    original = {marks[path]: path for path in train}
+    copies = defaultdict(list)
+    for sample in dataset.test:
+        if sample.image in marks and marks[sample.image] in original:
+            copies[sample.cls].append(sample.image)
+    for cls, paths in copies.items():
+        pair = f"{paths[0]} is {original[marks[paths[0]]]}"
+        notes.add("test images that are copies of training images", f"{cls}: {len(paths)}, first {pair}", len(paths))
 
-    Raises `UsageError` that names the file if it is missing, damaged or truncated.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode in ("1", "L", "F") or image.mode.startswith("I"):
-                return np.asarray(image) > 0
-            values = np.asarray(image.convert("RGBA"))  # (H, W, 4)
-            return values[..., :3].any(axis=-1) & (values[..., 3] > 0)
-    except Exception as error:
-        raise _unreadable("mask", path, error) from error
+
+def _length(path):
+    """The bytes of a file; for an empty one, which is a copy of nothing, something of its own."""
+    return os.path.getsize(path) or path
 
 
-def _unreadable(kind, path, error):
-    reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
-    return UsageError(f"cannot read the {kind} {path}: {reason or type(error).__name__}")
+def _sample_of_content(path):
+    """Length and three pieces of a file."""
+    length = os.path.getsize(path)
+    pieces = []
+    with open(path, "rb") as file:
+        for place in (0, length // 2, max(0, length - 4096)):
+            file.seek(place)
+            pieces.append(file.read(4096))
+    return length, *pieces
+
+
+def _digest(path):
+    """A hash of the whole file."""
+    content = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            content.update(piece)
+    return content.digest()
+
+
+# ------------------------------------------------------------------------------------------------- pixels
 
 
 def resize_image(image, size):
@@ -287,16 +359,19 @@ class Images(torch.utils.data.Dataset):
 
     samples: list of `Sample`. corrupt: (name, severity) of `corruptions`, applied at the original resolution; its noise
     is seeded by class, defect and file name, so it is the same wherever the data lie and in whatever order they are
-    read. memory_share: see `preload`. mask_rule: see `resize_mask`. workers: threads of `preload`, 0 for one per core.
+    read. depths: by class, see `depths`; without it, or for a class that it does not know while its classes disagree,
+    an image of more than 8 bits is scaled by its own largest value. memory_share: see `preload`. mask_rule: see `resize_mask`. workers: threads of `preload`, 0 for one per core.
     progress: show a bar (none in any case when stderr is no terminal).
 
     Reading raises `UsageError` that names the file. Works in DataLoader workers, forked or spawned.
     """
 
-    def __init__(self, samples, size, corrupt=None, memory_share=0.5, mask_rule="half", workers=0, progress=True):
+    def __init__(self, samples, size, corrupt=None, memory_share=0.5, mask_rule="half", workers=0,
+                 progress=True, depths=None):
         self.samples, self.size, self.corrupt = samples, size, corrupt
         self.memory_share, self.mask_rule = memory_share, mask_rule
         self.workers, self.progress = workers, progress
+        self.depths = depths or {}
         self._pixels = None  # uint8 (N, 3, size, size) once preloaded
         self._vanished = set()
 
@@ -324,7 +399,7 @@ class Images(torch.utils.data.Dataset):
         if sample.mask is None:
             return torch.zeros(self.size, self.size, dtype=torch.bool)
         mask = read_mask(sample.mask)
-        (width, height), _ = _header(sample.image)
+        width, height = files.inspect(sample.image)["size"]
         if mask.shape != (height, width):
             raise UsageError(_sizes_differ(sample, (width, height), mask.shape[::-1]))
         resized = resize_mask(mask, self.size, self.mask_rule)
@@ -346,16 +421,22 @@ class Images(torch.utils.data.Dataset):
         # Containers often have a tiny /dev/shm, and overfilling it kills the process. Forked workers share anyway.
         if not os.path.isdir("/dev/shm") or need < shutil.disk_usage("/dev/shm").free:
             pixels.share_memory_()
-        with ThreadPoolExecutor(self.workers or os.cpu_count()) as pool:  # threads: Pillow decodes without the GIL
-            decoded = pool.map(self._decode, range(len(self)))
-            for i, image in enumerate(tqdm(decoded, "read images", len(self), disable=None if self.progress else True)):
-                pixels[i].numpy()[:] = image
+        decoded = _in_threads(self._decode, range(len(self)), "read images", self.progress, self.workers)
+        for i, image in enumerate(decoded):
+            pixels[i].numpy()[:] = image
         self._pixels = pixels
+
+    def _top(self, cls):
+        """The value that becomes white in this class's images of more than 8 bits; None if that is not known."""
+        if cls in self.depths:
+            return self.depths[cls]
+        known = {top for top in self.depths.values() if top is not None}
+        return known.pop() if len(known) == 1 else None
 
     def _decode(self, i):
         """Image i from its file: uint8 array (3, size, size)."""
         sample = self.samples[i]
-        image = read_image(sample.image)
+        image = read_image(sample.image, self._top(sample.cls))
         if self.corrupt:
             # The prefix that a joined data set may have given the class must not change the noise.
             cls = sample.cls.removeprefix(f"{sample.dataset}-")
@@ -379,16 +460,73 @@ def free_memory():
         return 4 * 2**30
 
 
-# ----------------------------------------------------------------------------------------------- python -m common.data
+# ------------------------------------------------------------------------------------------------- check
 
 
-def _header(path, kind="image"):
-    """((width, height), format) of an image file, without its pixels. Raises `UsageError` if it is unreadable."""
+def check(dataset, progress=True):
+    """Look at every image and mask, some two hundred thousand a minute, before any time is spent on training.
+
+    Headers are read, masks decoded, and files that seem to lack their end; what was found is remembered (see
+    `files.Memory`). progress: show a bar.
+
+    Returns the problem lines that were found, also appended to `dataset.problems`: masks in which nothing is marked,
+    several pages, large images, ... Raises `UsageError` that names the files if any cannot be used.
+    """
+    _, faults, notes = scan(dataset, progress)
+    if faults:
+        message = faults[0]
+        if len(faults) > 1:
+            message += f" (and {len(faults) - 1} more files; python -m common.data names them all)"
+        raise UsageError(message)
+    lines = notes.lines()
+    dataset.problems += [line for line in lines if line not in dataset.problems]
+    return lines
+
+
+def scan(dataset, progress=True):
+    """Look at every image and mask.
+
+    Returns ({class: Counter of (width, height)}, one line for each file that cannot be used, other `Notes`).
+    """
+    memory = files.Memory(dataset.name)
+    samples = dataset.train + dataset.test
+    facts, faults, notes = [], [], layouts.Notes()
+    for found in _in_threads(partial(_facts, memory), samples, "check files", progress):
+        facts.append(found)
+    memory.save()
+    sizes = defaultdict(Counter)
+    for sample, (image, masks, fault) in zip(samples, facts):
+        if image:
+            sizes[sample.cls][tuple(image["size"])] += 1
+        if fault:
+            faults.append(fault)
+        else:
+            _note_facts(sample, image, masks, notes)
+    return sizes, faults, notes
+
+
+def _facts(memory, sample):
+    """The facts about a sample's image, its masks (a list), and what is wrong with them, "" if nothing."""
+    image, masks = None, []
     try:
-        with Image.open(path) as image:
-            return image.size, image.format
-    except Exception as error:
-        raise _unreadable(kind, path, error) from error
+        image = memory.recall(sample.image, "image", files.inspect)
+        for path in _mask_files(sample):
+            mask = memory.recall(path, "mask", partial(files.inspect, kind="mask"))
+            if mask["size"] != image["size"]:
+                return image, masks, _sizes_differ(sample, image["size"], mask["size"])
+            masks.append(mask)
+    except UsageError as error:
+        return image, masks, str(error)
+    return image, masks, ""
+
+
+def _mask_files(sample):
+    """The files that make up a sample's mask."""
+    if sample.mask is None:
+        return []
+    if sample.mask.is_dir():
+        return layouts.images_in(sample.mask)
+    return [sample.mask]
 
 
 def _sizes_differ(sample, image_size, mask_size):
@@ -396,29 +534,83 @@ def _sizes_differ(sample, image_size, mask_size):
             .format(sample.mask, *mask_size, sample.image, *image_size))
 
 
-def scan(dataset):
-    """Read the header of every image and mask. Returns ({class: Counter of (width, height)}, problem lines)."""
-    sizes, problems, blurred = defaultdict(Counter), [], defaultdict(list)
-    for sample in tqdm(dataset.train + dataset.test, "read headers", disable=None):
-        try:
-            size, _ = _header(sample.image)
-            sizes[sample.cls][size] += 1
-            if sample.mask:
-                mask_size, mask_format = _header(sample.mask, "mask")
-                if mask_size != size:
-                    problems.append(_sizes_differ(sample, size, mask_size))
-                if mask_format == "JPEG":
-                    blurred[sample.mask.parent].append(sample.mask.name)
-        except UsageError as error:
-            problems.append(str(error))
-    for folder, names in blurred.items():
-        problems.append(f"{folder}: {len(names)} masks are JPEG (first: {names[0]}): > 0 marks their smeared edges too")
-    return sizes, problems
+def _note_facts(sample, image, masks, notes):
+    """Note what is odd about a sample's files."""
+    width, height = image["size"]
+    place = f"{sample.cls}: {sample.image.name}"
+    if width * height > LARGE:
+        notes.add(f"images of more than {LARGE // 10**6} megapixels, slow to decode (shrink them once)",
+                  f"{place}, {width}x{height}")
+    if image["frames"] > 1:
+        notes.add("files of several pages or frames, of which only the first is used",
+                  f"{place}, {image['frames']} pages")
+    if image["narrowed"]:
+        notes.add("16-bit colour images, of which only the upper 8 bits are used", place)
+    if not masks:
+        return
+    marks = {mask["marks"] for mask in masks}
+    mask_place = f"{sample.cls}: {sample.mask}"
+    if marks == {"none"}:
+        notes.add("masks that mark nothing, though their images are defective", mask_place)
+    elif "some" not in marks:
+        notes.add("masks whose shape is only in the transparency, so that they mark nothing", mask_place)
+    if "JPEG" in {mask["format"] for mask in masks}:
+        notes.add("masks in JPEG, whose smeared edges count as defect too", mask_place)
+
+
+def _in_threads(function, items, title, progress, workers=0):
+    """Yield function(item) of each item, in order, computed in threads. Whoever stops listening stops the threads."""
+    pool = ThreadPoolExecutor(workers or os.cpu_count())  # threads: Pillow decodes without the GIL
+    try:
+        results = pool.map(function, items)
+        yield from tqdm(results, title, len(items), delay=1, disable=None if progress else True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def depths(samples, progress=True):
+    """By which value the grey images of more than 8 bits are scaled, one rule for each class.
+
+    A 16-bit file may hold 8, 10, 12, 14 or 16 bits, a float 0..1 or 0..255, and only the images tell: the largest value
+    of all of a class decides (`files.range_of`). Take training images: what is found belongs to the trained model, and
+    is used at test and prediction, where larger values are clipped.
+
+    samples: list of `Sample`. Returns {class: 1, 255, 1023, 4095, 16383 or 65535; None where all images have 8 bits},
+    to be kept in the checkpoint and given to `Images`. Raises `UsageError` for files that cannot be read.
+    """
+    memory = files.Memory("depths-" + "+".join(sorted({sample.dataset for sample in samples})))
+    paths = [sample.image for sample in samples]
+    largest = _in_threads(partial(memory.recall, kind="depth", look=_depth), paths, "read depths", progress)
+    tops = {sample.cls: None for sample in samples}
+    for sample, facts in zip(samples, largest):
+        if facts["largest"] is not None:
+            top = files.range_of(facts["largest"])
+            tops[sample.cls] = max(top, tops[sample.cls] or 0)
+    memory.save()
+    return tops
+
+
+def _depth(path):
+    """{"largest": the largest grey value of an image of more than 8 bits, else None}"""
+    if files.is_deep(files.mode_of(path)):
+        return {"largest": files.largest_value(path)}
+    return {"largest": None}
+
+
+def depth_line(depths):
+    """What `depths` found, in one line for the user; "" if all images have 8 bits."""
+    scaled = [f"{cls} 0..{top}" for cls, top in depths.items() if top is not None]
+    if not scaled:
+        return ""
+    return f"grey values of more than 8 bits, scaled by what the training images hold: {', '.join(scaled)}"
+
+
+# ------------------------------------------------------------------------------------------------- python -m common.data
 
 
 def summary(dataset):
-    """The table of `python -m common.data`, as text, problems included. Reads every header."""
-    sizes, problems = scan(dataset)
+    """The table of `python -m common.data`, as text, problems included. Looks at every file."""
+    sizes, faults, notes = scan(dataset)
     rows = [("class", "train", "test good", "test defective", "masks", "size")]
     for cls in dataset.classes:
         rows.append(_row(dataset, cls, sizes[cls]))
@@ -427,11 +619,11 @@ def summary(dataset):
     widths = []
     for column in zip(*rows):
         widths.append(max(len(str(cell)) for cell in column))
-    lines = [f"{dataset.name} in {dataset.root}, classes: {len(dataset.classes)}"]
+    lines = [dataset.reading]
     for row in rows:
         cells = [str(cell).rjust(width) for cell, width in zip(row[1:5], widths[1:5])]
         lines.append("  ".join([row[0].ljust(widths[0]), *cells, row[5]]).rstrip())
-    problems = dataset.problems + problems
+    problems = dataset.problems + notes.lines() + faults
     lines += [f"problem: {line}" for line in problems] or ["no problems found"]
     return "\n".join(lines)
 
@@ -456,7 +648,7 @@ def main(argv=None):
     parser.add_argument("--classes", metavar="A,B", help="only these classes")
     args = parser.parse_args(argv)
     try:
-        print(summary(load(args.name, args.data_root, args.classes.split(",") if args.classes else None)))
+        print(summary(load(args.name, args.data_root, args.classes, need_test=False)))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,17 +1,29 @@
 """Where the data sets lie and how they are laid out: an index of paths and labels, read from folder names and lists.
 
-`data.load` is the door; this module is what stands behind it, and reads no pixel. It imports nothing heavy, so that a
-script's `--help` can name the benchmarks at once.
+`data.load` is the door; this module stands behind it and reads no pixel. It imports nothing heavy, so that a script's
+`--help` can name the benchmarks at once.
 
-    source = layouts.find("mvtec", root)        # Source: .name, .folder, .readers {class: reader}
-    train, test, problems = source.readers["bottle"]("bottle", "mvtec")
+    source = layouts.find("mvtec", root)             # Source: .name, .folder, .reading, .readers {class: reader}
+    notes = layouts.Notes()                          # takes what is odd but can be lived with
+    train, test = source.readers["bottle"]("bottle", "mvtec", notes)      # lists of Sample
+
+Names, in the layout of MVTec AD and in a folder of one's own; case, spaces, `-`, `_` and `.` do not matter:
+
+- Good images lie in a folder called as in NORMAL. A folder that looks like one without being in the list (`good_2`,
+  `ok images`, `negative`) is refused: its label would be a guess. `not_ok`, `abnormal`, `NG` and the like are defects.
+- The splits are called as in TRAIN and TEST. Images directly in train are good.
+- A mask lies in a folder of the defect's name below a folder called as in MASKS, or directly there, or in a folder
+  called so inside the defect's folder, or in one called DEFECT_mask beside it, or beside its image. It is called like
+  its image, with or without an affix: NAME, NAME_mask, NAME-mask, NAME_gt, NAME_label, mask_NAME, ... A folder called
+  like the image holds its masks, which add up (MVTec LOCO).
 """
 
 import csv
 import json
 import os
+import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Callable
@@ -19,8 +31,16 @@ from typing import Callable
 from common import UsageError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+TRAIN = ("train", "training")
+TEST = ("test", "testing")
+NORMAL = ("good", "goods", "ok", "okay", "normal", "normals", "nominal", "fine", "pass", "passed", "healthy",
+          "defectfree", "nodefect", "nodefects", "anomalyfree", "noanomaly", "faultfree")
+MASKS = ("groundtruth", "gt", "mask", "masks", "label", "labels", "annotation", "annotations")
 
-_NORMAL = ("good", "ok")  # folder names of normal images
+_DEFECTIVE_WORDS = {"not", "no", "non", "un", "ng", "nok", "bad", "ko", "defective", "defect"}
+_LIKE_NORMAL = ("io", "gut", "negative", "negatives", "neg", "true", "clean", "perfect", "correct")
+_STRONG_MASKS = ("groundtruth", "gt", "mask", "masks")  # no defect is called so; one may be called label
+_AFFIX = "masks?|gt|labels?|seg|segmentation|ground[ _-]?truth|annotations?"
 _JUNK = ("thumbs.db", "desktop.ini")
 
 
@@ -29,11 +49,131 @@ class Sample:
     """One image of a data set, not yet read."""
 
     image: Path
-    mask: Path | None  # None: a good image, or a defective one whose mask is not known
+    mask: Path | None  # a file, or a folder of several; None: a good image, or a defective one whose mask is not known
     label: int  # 0 good, 1 defective
     cls: str
     defect: str  # kind of defect, as the data set calls it; "good" for every good image
     dataset: str
+
+
+class Notes:
+    """What is odd in a data set, but no reason to refuse it: each kind with its count and where it was seen."""
+
+    SHOWN = 3  # places that a line names
+
+    def __init__(self):
+        self.kinds = {}  # kind -> [(count, place)], in the order in which they were found
+
+    def add(self, kind, place, count=1):
+        """count: how many of this kind are in this place."""
+        self.kinds.setdefault(kind, []).append((count, str(place)))
+
+    def extend(self, other):
+        """Take over what another has."""
+        for kind, seen in other.kinds.items():
+            self.kinds.setdefault(kind, []).extend(seen)
+
+    def lines(self):
+        """One line for each kind, for instance "masks without an image: 3 (nut/hole: 2, first 7.png; ...)"."""
+        lines = []
+        for kind, seen in self.kinds.items():
+            total = sum(count for count, _ in seen)
+            places = "; ".join(place for _, place in seen[: self.SHOWN])
+            if len(seen) > self.SHOWN:
+                places += f"; and {len(seen) - self.SHOWN} more places"
+            lines.append(f"{kind}: {total} ({places})")
+        return lines
+
+
+# ------------------------------------------------------------------------------- what names mean
+
+
+def is_normal(folder):
+    """Whether a folder's name says that its images are good.
+
+    Raises `UsageError` if it looks like it without being a known name: labels must not be guessed.
+    """
+    name = folder.name.lower()
+    plain = _plain(name)
+    if plain in NORMAL:
+        return True
+    words = re.findall("[a-z]+", name)
+    like = plain in _LIKE_NORMAL
+    for word in words:
+        like = like or word in ("ok", "okay", "nominal", "passed") or word.startswith(("good", "normal"))
+    if like and not _DEFECTIVE_WORDS & set(words):
+        raise UsageError(f"{folder}: the name looks like good images, but is none of those known "
+                         "(good, ok, normal, ...): rename it to good, or to what the defect is")
+    return False
+
+
+def _plain(name):
+    """A name without case and separators: "Defect-Free" -> "defectfree"."""
+    return re.sub(r"[\W_]+", "", name.lower())
+
+
+def _without_affix(stem):
+    """The name of the image whose mask is called so, "000_mask" or "mask_000" -> "000"; None without an affix."""
+    found = re.fullmatch(f"(.+?)[ ._-]+(?:{_AFFIX})|(?:{_AFFIX})[ ._-]+(.+)", stem, re.IGNORECASE)
+    if not found:
+        return None
+    return found[1] or found[2]
+
+
+def folders(folder):
+    """The folders in a folder, sorted; none if it does not exist."""
+    if folder is None or not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    return sorted(found, key=_name)
+
+
+def images_in(folder, notes=None):
+    """The image files in a folder, sorted; none if it does not exist. What else lies there is noted."""
+    if folder is None or not folder.is_dir():
+        return []
+    paths = sorted(folder.iterdir(), key=_name)
+    paths = [path for path in paths if not path.name.startswith(".")]
+    images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    if notes is not None:
+        others = [path for path in set(paths) - set(images) if path.name.lower() not in _JUNK]
+        files = sorted(path.name for path in others if not path.is_dir())
+        deeper = sorted(path.name for path in others if path.is_dir() and _plain(path.name) not in MASKS)
+        if files:
+            notes.add("files left out, no images by their suffix",
+                      f"{folder}: {len(files)}, first {files[0]}", len(files))
+        if deeper:
+            notes.add("folders left out, images are expected directly above",
+                      f"{folder}: {len(deeper)}, first {deeper[0]}", len(deeper))
+    return images
+
+
+def _name(path):
+    return path.name
+
+
+def _child(folder, names):
+    """The folder in `folder` that is called like one of the plain names; None if there is none."""
+    for path in folders(folder):
+        if _plain(path.name) in names:
+            return path
+    return None
+
+
+def name_of(folder):
+    """The name that the user knows a folder by: also of ".", and of a link, not of what it points to."""
+    return os.path.basename(os.path.abspath(folder))
+
+
+def contents(folder):
+    """A folder and what lies in it, for a message."""
+    if not folder.is_dir():
+        return f"no folder {folder}"
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if not names:
+        return f"{folder} empty"
+    more = ", ..." if len(names) > 8 else ""
+    return f"{folder} with {', '.join(names[:8])}{more}"
 
 
 # ------------------------------------------------------------------------------- the benchmarks and counts
@@ -86,7 +226,7 @@ BENCHMARKS = {
 }
 
 
-# ----------------------------------------------------------------------------------- where a data set lies
+# ------------------------------------------------------------------------------- where a data set lies
 
 
 @dataclass
@@ -95,115 +235,294 @@ class Source:
 
     name: str
     folder: Path
-    readers: dict[str, Callable]  # class -> function of (cls, dataset), returns (train, test, problems)
-    problems: list[str]
+    readers: dict[str, Callable]  # class -> function of (cls, dataset, notes), returns (train, test)
+    reading: str  # how the folder is understood, in a few words
+    notes: Notes = field(default_factory=Notes)
     benchmark: Benchmark | None = None
 
 
 def find(part, root):
-    """Find the data set called `part`. Returns a `Source`."""
+    """Find the data set called `part`. Returns a `Source`. Raises `UsageError` if it is not there."""
     if part in BENCHMARKS:
         return _find_benchmark(part, root)
     if part == "synth":
         from common import synth  # here, since nobody else needs the drawing code
 
-        folder = synth.ensure(root)
-    else:
-        folder = next((path for path in (Path(part), root / part) if part and path.is_dir()), None)
-        if folder is None:
-            raise UsageError(f"--data: '{part}' is neither a folder nor one of synth, {', '.join(BENCHMARKS)}")
-    readers, problems = _open_folders(folder)
-    if not readers:
-        if (folder / "train").is_dir() or (folder / "test").is_dir():
-            raise UsageError(f"--data {part}: {folder} is a single class; give the folder above it, and --classes "
-                             f"{name_of(folder)}")
-        raise UsageError(f"--data {part}: no class in it; expected CLASS/train/good and CLASS/test/DEFECT, found "
-                         f"{contents(folder)}")
-    return Source(name_of(folder), folder, readers, problems)
+        return _own(synth.ensure(root))
+    for folder in (Path(part), root / part):
+        if part and folder.is_dir():
+            return _own(folder)
+    known = ", ".join(BENCHMARKS)
+    raise UsageError(f"--data: '{part}' is neither a folder nor one of synth, {known}")
 
 
 def _find_benchmark(name, root):
     """Look for a benchmark below `root`, one folder deeper (as archives unpack), and in `root` itself."""
     benchmark = BENCHMARKS[name]
-
-    def named(folder):
-        below = {path.name.lower(): path for path in folders(folder)}
-        return [below[other] for other in benchmark.folders if other in below]
-
-    candidates = [path for folder in named(root) for path in (folder, *named(folder))]
-    open_ = {"visa": _open_visa, "realiad": _open_realiad}.get(name, partial(_open_folders, masks_demanded=True))
+    candidates = []
+    for folder in _called(benchmark.folders, root):
+        candidates += [folder, *_called(benchmark.folders, folder)]
     for folder in (*candidates, root):
-        readers, problems = open_(folder)
+        notes = Notes()
+        if name == "visa":
+            readers = _open_visa(folder, notes)
+        elif name == "realiad":
+            readers = _open_realiad(folder)
+        else:
+            readers = _open_classes(folder, notes, masks_demanded=True)
         # Any folder in MVTec layout would do otherwise, for instance MVTec AD where BTAD is looked for.
         if readers.keys() & benchmark.counts.keys():
-            return Source(name, folder, readers, problems, benchmark)
+            return Source(name, folder, readers, benchmark.title, notes, benchmark)
     found = " and ".join(contents(folder) for folder in candidates or [root])
     raise UsageError(
         f"--data {name}: {benchmark.title} not found; expected {root / benchmark.folders[0]} (or "
-        f"{', '.join(benchmark.folders[1:])}) with {benchmark.inside}; found {found}. Get it from {benchmark.source} "
-        f"and unpack it there, or name the folder with --data-root")
+        f"{', '.join(benchmark.folders[1:])}) with {benchmark.inside}; found {found}. "
+        f"Get it from {benchmark.source} and unpack it there, or name the folder with --data-root")
 
 
-# ----------------------------------------------------------------------------- what is in a class, and where
+def _called(names, folder):
+    """The folders in `folder` that have one of the names, in any case; in the order of the names."""
+    below = {path.name.lower(): path for path in folders(folder)}
+    return [below[name] for name in names if name in below]
 
 
-def _open_folders(folder, masks_demanded=False):
-    """MVTec layout. Returns ({class: reader}, problems)."""
-    readers, problems = {}, []
+def _own(folder):
+    """A folder of somebody's own, in whichever layout. Returns a `Source`; raises `UsageError` if none fits."""
+    name, notes = name_of(folder), Notes()
+    readers = _open_classes(folder, notes)
+    if readers:
+        return Source(name, folder, readers, "CLASS/train and CLASS/test", notes)
+    if _child(folder, TRAIN) or _child(folder, TEST):
+        readers = {name: partial(_read_class, folder, False)}
+        return Source(name, folder, readers, "one class: train and test")
+    if any(is_normal(path) for path in folders(folder)):
+        readers = {name: partial(_read_good, folder)}
+        return Source(name, folder, readers, "one class: a folder of good images")
+    if images_in(folder):
+        readers = {name: partial(_read_good, folder)}
+        return Source(name, folder, readers, "one class: all images directly in it are good")
+    notes = Notes()  # without those of the layout that did not fit
     for path in folders(folder):
-        if (path / "train").is_dir() or (path / "test").is_dir():
-            readers[path.name] = partial(_read_folders, path, masks_demanded)
+        if images_in(path) or any(is_normal(below) for below in folders(path)):
+            readers[path.name] = partial(_read_good, path)
         else:
-            problems.append(f"{path}: left out, it has neither train nor test in it")
-    return readers, problems
+            _note_left_out(path, notes)
+    if readers:
+        return Source(name, folder, readers, "CLASS/good, or good images directly in CLASS", notes)
+    raise UsageError(f"--data {folder}: no class in it; expected CLASS/train/good and CLASS/test/DEFECT, "
+                     f"or good images only in CLASS; found {contents(folder)}")
 
 
-def _read_folders(folder, masks_demanded, cls, dataset):
-    """One class in MVTec layout. Returns (train, test, problems)."""
-    train, test, problems = [], [], []
-    for path in folders(folder / "train"):
-        if path.name in _NORMAL:
-            train += [Sample(image, None, 0, cls, "good", dataset) for image in images_in(path, problems)]
+def _note_left_out(path, notes):
+    notes.add("folders left out, they are no class", f"{path}: neither train nor test in it")
+
+
+# ------------------------------------------------------------------------------- MVTec layout
+
+
+def _open_classes(folder, notes, masks_demanded=False):
+    """MVTec layout. Returns {class: reader}."""
+    readers = {}
+    for path in folders(folder):
+        if _child(path, TRAIN) or _child(path, TEST):
+            readers[path.name] = partial(_read_class, path, masks_demanded)
         else:
-            problems.append(f"{path}: left out, training takes only good images")
-    for path in folders(folder / "test"):
-        images = images_in(path, problems)
-        if path.name in _NORMAL:
+            _note_left_out(path, notes)
+    return readers
+
+
+def _read_class(folder, masks_demanded, cls, dataset, notes):
+    """One class in MVTec layout. Returns (train, test)."""
+    train = [Sample(image, None, 0, cls, "good", dataset) for image in _training_images(folder, notes)]
+    test, home = [], _child(folder, TEST)
+    _note_loose(home, notes)
+    finder = _MaskFinder(folder, home, notes)
+    for path in finder.kinds:
+        images = images_in(path, notes)
+        images, beside = _split_masks(images, notes)
+        if is_normal(path):
             test += [Sample(image, None, 0, cls, "good", dataset) for image in images]
             continue
-        doubled = [stem for stem, times in Counter(image.stem for image in images).items() if times > 1]
-        if doubled:
-            problems.append(f"{path}: several images of the same name share one mask (first: {doubled[0]})")
-        # Matched on the stem, as BTAD mixes bmp and png; MVTec AD calls a mask NAME_mask, the others call it NAME.
-        masks, mask_folder = {}, folder / "ground_truth" / path.name
-        for mask in images_in(mask_folder, problems):
-            first = masks.setdefault(mask.stem.removesuffix("_mask"), mask)
-            if first is not mask:
-                problems.append(f"{mask}: left out, {first.name} is the mask of the same image")
+        masks = finder.masks_of(path, images, beside)
         test += [Sample(image, masks.get(image.stem), 1, cls, path.name, dataset) for image in images]
-        maskless = [image for image in images if image.stem not in masks]
-        if maskless:
-            line = (f"{path}: {len(maskless)} of {len(images)} defective images without a mask (expected for the "
-                    f"first: {mask_folder / maskless[0].stem}_mask.png)")
+        lacking = [image for image in images if image.stem not in masks]
+        if lacking:
+            line = f"{path}: {len(lacking)} of {len(images)}, first {lacking[0].name}"
             if masks_demanded:
-                raise UsageError(f"{line}; unpack the data set again")
-            problems.append(line)
-        imageless = sorted(masks.keys() - {image.stem for image in images})
-        if imageless:
-            first = masks[imageless[0]].name
-            problems.append(f"{mask_folder}: {len(imageless)} masks without an image (first: {first})")
-    for path in folders(folder / "ground_truth"):
-        if path.name not in _NORMAL and not (folder / "test" / path.name).is_dir():
-            problems.append(f"{path}: masks without images, there is no test/{path.name}")
-    return train, test, problems
+                expected = folder / "ground_truth" / path.name / f"{lacking[0].stem}_mask.png"
+                raise UsageError(f"defective images without a mask: {line}; expected {expected}; "
+                                 "unpack the data set again")
+            notes.add("defective test images without a mask", line, len(lacking))
+    finder.note_unused()
+    for path in folders(folder):
+        if _plain(path.name) not in (*TRAIN, *TEST, *MASKS):
+            images = images_in(path)
+            for below in folders(path):
+                images = images + images_in(below)
+            if images:
+                notes.add("images left out, neither in train nor in test", f"{path}: {len(images)}", len(images))
+    return train, test
 
 
-def _open_visa(folder):
-    """VisA as its authors pack it (csv), or as their script prepares it. Returns ({class: reader}, problems)."""
+def _training_images(folder, notes):
+    """The good training images of a class in MVTec layout."""
+    home = _child(folder, TRAIN)
+    if not folders(home):
+        return images_in(home, notes)
+    _note_loose(home, notes)
+    images = []
+    for path in folders(home):
+        if is_normal(path):
+            images += images_in(path, notes)
+        else:
+            number = len(images_in(path))
+            notes.add("training images left out, their folder is not called good", f"{path}: {number}", number)
+    return images
+
+
+def _note_loose(home, notes):
+    """Note images that lie beside the folders which would tell their label."""
+    loose = images_in(home)
+    if loose:
+        notes.add("images left out, no folder tells their label",
+                  f"{home}: {len(loose)}, first {loose[0].name}", len(loose))
+
+
+def _read_good(folder, cls, dataset, notes):
+    """A class of training images only: in good folders, or else directly in `folder`. Returns (train, [])."""
+    images, others = [], []
+    for path in folders(folder):
+        if is_normal(path):
+            images += images_in(path, notes)
+        else:
+            others += images_in(path)
+    loose = images_in(folder)
+    if images:
+        others += loose
+    else:
+        images, _ = _split_masks(loose, notes)
+    if others:
+        notes.add("images left out, not in a good folder", f"{folder}: {len(others)}, first {others[0].name}",
+                  len(others))
+    return [Sample(image, None, 0, cls, "good", dataset) for image in images], []
+
+
+# ------------------------------------------------------------------------------- masks
+
+
+def _split_masks(images, notes):
+    """Image files of one folder -> (images, masks among them): NAME_mask.png beside NAME.png is a mask."""
+    stems = {image.stem for image in images}
+    masks = [image for image in images if _without_affix(image.stem) in stems]
+    if not masks:
+        return images, []
+    notes.add("masks found beside their images", f"{masks[0].parent}: {len(masks)}, first {masks[0].name}", len(masks))
+    return [image for image in images if image not in masks], masks
+
+
+class _MaskFinder:
+    """The masks of one class in MVTec layout: which files they are, and which images they belong to."""
+
+    def __init__(self, folder, test, notes):
+        self.notes = notes
+        self.homes = [path for path in folders(folder) if _plain(path.name) in MASKS]
+        self.homes += [path for path in folders(test) if _plain(path.name) in _STRONG_MASKS]
+        names = {path.name for path in folders(test)}
+        self.kinds = []  # folders of test images
+        self.siblings = {}  # name of a defect -> the folder DEFECT_mask beside it
+        for path in folders(test):
+            base = _without_affix(path.name)
+            if base in names and _plain(path.name).endswith(_STRONG_MASKS):
+                self.siblings[base] = path
+            elif path not in self.homes:
+                self.kinds.append(path)
+        self.flat = []  # masks directly in a home, which any defect may claim
+        for home in self.homes:
+            self.flat += images_in(home)
+        stems = Counter(image.stem for path in self.kinds for image in images_in(path) if not is_normal(path))
+        self.ambiguous = {stem for stem, times in stems.items() if times > 1}
+        self.claimed = set()
+
+    def masks_of(self, defect, images, beside):
+        """The masks of the images of one defect's folder: {stem of the image: file or folder}."""
+        stems = Counter(image.stem for image in images)
+        doubled = [stem for stem, times in stems.items() if times > 1]
+        if doubled:
+            self.notes.add("images that share a name, and so a mask", f"{defect}: {len(doubled)}, first {doubled[0]}",
+                           len(doubled))
+        masks = {}
+        own = list(beside)
+        for place in self._places(defect):
+            own += _masks_in(place, self.notes)
+        unused = [mask for mask in own if not self._claim(mask, stems, masks)]
+        if unused:
+            self.notes.add("masks without an image", f"{unused[0].parent}: {len(unused)}, first {unused[0].name}",
+                           len(unused))
+        for mask in self.flat:
+            if _image_of(mask, stems) not in self.ambiguous and self._claim(mask, stems, masks):
+                self.claimed.add(mask)
+        return masks
+
+    def _places(self, defect):
+        """The folders that hold masks of this defect and of no other."""
+        places = [path for path in folders(defect) if _plain(path.name) in MASKS]
+        for home in self.homes:
+            places += [path for path in folders(home) if path.name.lower() == defect.name.lower()]
+        if defect.name in self.siblings:
+            places.append(self.siblings[defect.name])
+        return places
+
+    def _claim(self, mask, stems, masks):
+        """Enter a mask under its image's stem. Returns False if there is no such image."""
+        stem = _image_of(mask, stems)
+        if stem is None:
+            return False
+        first = masks.setdefault(stem, mask)
+        if first != mask:
+            self.notes.add("masks left out, their image has another one", f"{mask}, used is {first.name}")
+        return True
+
+    def note_unused(self):
+        """Note the masks that no image of the class has claimed."""
+        unused = [mask for mask in self.flat if mask not in self.claimed]
+        if unused:
+            self.notes.add("masks without an image, or with several of its name",
+                           f"{unused[0].parent}: {len(unused)}, first {unused[0].name}", len(unused))
+        known = {path.name.lower() for path in self.kinds}
+        for home in self.homes:
+            for path in folders(home):
+                if path.name.lower() not in known and _plain(path.name) not in NORMAL:
+                    self.notes.add("mask folders without images", f"{path}: no folder of this name in test")
+
+
+def _image_of(mask, stems):
+    """The stem among `stems` that a mask belongs to: its own, or its own without an affix; None if there is none."""
+    stem = mask.name if mask.is_dir() else mask.stem
+    if stem in stems:
+        return stem
+    base = _without_affix(stem)
+    return base if base in stems else None
+
+
+def _masks_in(place, notes):
+    """The masks in a folder: image files, and folders which are called like an image and hold its masks."""
+    masks = images_in(place)
+    for path in folders(place):
+        if images_in(path, notes):
+            masks.append(path)
+    return masks
+
+
+# ------------------------------------------------------------------------------- lists
+
+
+def _open_visa(folder, notes):
+    """VisA as its authors pack it (csv), or as their script prepares it. Returns {class: reader}."""
     split_file = folder / "split_csv" / "1cls.csv"
     if not split_file.is_file():
         prepared = folder / "1cls"
-        return _open_folders(prepared if prepared.is_dir() else folder, masks_demanded=True)
+        home = prepared if prepared.is_dir() else folder
+        return _open_classes(home, notes, masks_demanded=True)
     entries = defaultdict(list)
     with open(split_file, newline="", encoding="utf-8-sig", errors="replace") as file:
         rows = csv.DictReader(file)
@@ -211,106 +530,87 @@ def _open_visa(folder):
         if lacking:
             raise UsageError(f"{split_file}: no column '{min(lacking)}'; unpack the data set again")
         for row in rows:
-            if (row["split"] not in ("train", "test") or row["label"] not in ("normal", "anomaly")
-                    or not (row["object"] and row["image"])):
+            if not _sound(row):
                 raise UsageError(f"{split_file}: line {rows.line_num} is damaged; unpack the data set again")
             mask = folder / row["mask"] if row["mask"] else None
             defect = "good" if row["label"] == "normal" else "bad"
-            entries[row["object"]].append((row["split"], defect, folder / row["image"], mask))
-    return {cls: partial(_read_list, split_file, entries[cls]) for cls in entries}, []
+            entry = row["split"], defect, folder / row["image"], mask
+            entries[row["object"]].append(entry)
+    return {cls: partial(_read_list, split_file, entries[cls]) for cls in entries}
+
+
+def _sound(row):
+    """Whether a line of VisA's list says what it must; a class is a folder's name."""
+    split_known = row["split"] in ("train", "test")
+    label_known = row["label"] in ("normal", "anomaly")
+    named = row["image"] and row["object"] and Path(row["object"]).name == row["object"]
+    return split_known and label_known and named
 
 
 def _open_realiad(folder):
-    """Real-IAD: one json a class. Returns ({class: reader}, problems)."""
-    homes = [folder / name for name in ("realiad_1024", "realiad_512", "realiad_256")]
-    images = next((home for home in homes if home.is_dir()), folder)
-    places = [folder / "realiad_jsons", folder / "realiad_jsons" / "realiad_jsons", images, folder,
-              folder.parent / "realiad_jsons"]  # the last: the user named a folder of one resolution
-    for place in places:
-        lists = [path for path in sorted(place.glob("*.json")) if path.stem in _REALIAD_CLASSES]  # others lie there too
-        if lists:
-            return {path.stem: partial(_read_json, path, images / path.stem) for path in lists}, []
-    return {}, []
+    """Real-IAD: one json a class. Returns {class: reader}."""
+    images = folder
+    for name in ("realiad_256", "realiad_512", "realiad_1024"):  # the largest comes last
+        if (folder / name).is_dir():
+            images = folder / name
+    jsons = folder / "realiad_jsons"
+    above = folder.parent / "realiad_jsons"  # where the user named a folder of one resolution
+    for place in (jsons, jsons / "realiad_jsons", images, folder, above):
+        lists = [path for path in sorted(place.glob("*.json")) if path.stem in _REALIAD_CLASSES]
+        if lists:  # other programs' lists lie there too
+            return {path.stem: partial(_read_json, path, images / path.stem) for path in lists}
+    return {}
 
 
-def _read_json(path, folder, cls, dataset):
-    """One class of Real-IAD. path: its json; folder: of its images. Returns (train, test, problems)."""
+def _read_json(path, folder, cls, dataset, notes):
+    """One class of Real-IAD. path: its json; folder: of its images. Returns (train, test)."""
     entries = []
     try:
         lists = json.loads(path.read_text(encoding="utf-8"))
         for split in ("train", "test"):
             for entry in lists[split]:
-                defect = "good" if entry["anomaly_class"] == "OK" else str(entry["anomaly_class"])
+                defect = str(entry["anomaly_class"])
+                if defect == "OK":
+                    defect = "good"
                 mask = folder / entry["mask_path"] if entry.get("mask_path") else None
                 entries.append((split, defect, folder / entry["image_path"], mask))
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: not a list of Real-IAD ({error!r}); unpack the data set again") from error
-    return _read_list(path, entries, cls, dataset)
+    return _read_list(path, entries, cls, dataset, notes)
 
 
-def _read_list(path, entries, cls, dataset):
-    """One class out of a list. path: of the list; entries: (split, defect, image, mask).
-
-    Returns (train, test, problems).
-    """
-    problems = []
+def _read_list(path, entries, cls, dataset, notes):
+    """One class out of a list. path: of the list; entries: (split, defect, image, mask). Returns (train, test)."""
     once = list(dict.fromkeys(entries))
     if len(once) < len(entries):
-        problems.append(f"{path}: {cls} lists {len(entries) - len(once)} entries twice; the copies are left out")
+        number = len(entries) - len(once)
+        notes.add("entries that a list holds twice, the copies left out", f"{path.name}, {cls}: {number}", number)
     files = [file for _, _, image, mask in once for file in (image, mask) if file]
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise UsageError(f"{path}: {len(missing)} of {len(files)} files listed for {cls} are missing (first: "
                          f"{missing[0]}); unpack the data set again, or leave the class out with --classes")
     samples = {"train": [], "test": []}
-    for split, defect, image, mask in sorted(once, key=lambda entry: (entry[1], str(entry[2]))):
+    for split, defect, image, mask in sorted(once, key=_kind_and_path):
         good = defect == "good"
-        samples[split].append(Sample(image, None if good else mask, int(not good), cls, defect, dataset))
+        sample = Sample(image, None if good else mask, int(not good), cls, defect, dataset)
+        samples[split].append(sample)
     train = [sample for sample in samples["train"] if not sample.label]
     both = {sample.image for sample in train} & {sample.image for sample in samples["test"]}
     if both:
-        raise UsageError(f"{path}: {cls} lists {min(both)} for training and for testing; unpack the data set again")
-    if len(train) < len(samples["train"]):
-        problems.append(f"{path}: {len(samples['train']) - len(train)} defective training images of {cls} left out")
-    maskless = [sample.image for sample in samples["test"] if sample.label and not sample.mask]
-    if maskless:
-        problems.append(f"{path}: {len(maskless)} defective test images of {cls} without a mask (first: {maskless[0]})")
-    return train, samples["test"], problems
+        raise UsageError(f"{path}: {cls} lists {min(both)} for training and for testing; "
+                         "unpack the data set again")
+    left_out = len(samples["train"]) - len(train)
+    if left_out:
+        notes.add("training images left out, they are defective", f"{path.name}, {cls}: {left_out}", left_out)
+    lacking = [sample.image for sample in samples["test"] if sample.label and not sample.mask]
+    if lacking:
+        notes.add("defective test images without a mask",
+                  f"{path.name}, {cls}: {len(lacking)}, first {lacking[0].name}", len(lacking))
+    return train, samples["test"]
 
 
-def folders(folder):
-    """The folders in a folder, sorted; none if it does not exist."""
-    if not folder.is_dir():
-        return []
-    return sorted((path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")),
-                  key=lambda path: path.name)
-
-
-def images_in(folder, problems):
-    """The image files in a folder, sorted; none if it does not exist. What else lies there becomes a problem line."""
-    if not folder.is_dir():
-        return []
-    paths = sorted((path for path in folder.iterdir()
-                    if not path.name.startswith(".") and path.name.lower() not in _JUNK), key=lambda path: path.name)
-    images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
-    if len(images) < len(paths):
-        first = min({path.name for path in paths} - {path.name for path in images})
-        problems.append(f"{folder}: {len(paths) - len(images)} left out, no image by its suffix (first: {first})")
-    return images
-
-
-def name_of(folder):
-    """The name that the user knows a folder by: also of ".", and of a link, not of what it points to."""
-    return os.path.basename(os.path.abspath(folder))
-
-
-def contents(folder):
-    """A folder and what lies in it, for a message."""
-    if not folder.is_dir():
-        return f"no folder {folder}"
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if not names:
-        return f"{folder} empty"
-    return f"{folder} with {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
-
-
+def _kind_and_path(entry):
+    """What the entries of a list are sorted by."""
+    _, defect, image, _ = entry
+    return defect, str(image)
