@@ -213,7 +213,7 @@ def before_torch(Args, presets, description):
         elif given.get("eval") and not os.path.isfile(given["eval"]):
             raise UsageError(f"{given['eval']}: no such checkpoint")
     except UsageError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        tell(f"{Path(sys.argv[0]).name}: {error}")
         sys.exit(2)
     finally:
         flush_output()
@@ -225,6 +225,14 @@ def any_output():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def tell(line):
+    """Print a line on stderr, if anybody reads that."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        to_nowhere(sys.stderr)
 
 
 def flush_output():
@@ -414,13 +422,19 @@ def _of_checkpoint(given, fields, method):
             saved[name] = value
     for name in saved.keys() - given.keys():
         needed = name != "data" or not given.get("predict")
-        value = saved[name]
-        if needed and isinstance(value, str) and os.path.isabs(value) and not os.path.exists(value):
+        if needed and _is_gone(saved[name]):
             raise UsageError(
-                f"{path} was trained with {_flag(name)} {value}, which is not there now; name it anew "
-                f"with {_flag(name)}"
+                f"{path} was trained with {_flag(name)} {saved[name]}, which is not there now; name it "
+                f"anew with {_flag(name)}"
             )
     return saved
+
+
+def _is_gone(value):
+    """Whether a value, as `_absolute` makes it, names files or folders of which one is missing."""
+    if not isinstance(value, str) or os.path.exists(value):
+        return False
+    return any(os.path.isabs(part) and not os.path.exists(part) for part in value.split("+"))
 
 
 def _default_out(values):

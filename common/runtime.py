@@ -37,6 +37,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,6 +50,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.reductions import reduce_tensor
 from tqdm import tqdm
 
 from common import UsageError, data, folder, options
@@ -242,7 +244,7 @@ class Loader(torch.utils.data.DataLoader):
     """A DataLoader whose processes cannot hang for want of shared memory, and fail in one line.
 
     PyTorch hands tensors from process to process in /dev/shm, which is tiny in containers; where it
-    is full, a batch is lost and the run waits for ever. Here they go through the pipe (`_in_worker`).
+    is full, a batch is lost and the run waits for ever. Here they then go through the pipe.
     """
 
     def __iter__(self):
@@ -265,15 +267,21 @@ class Loader(torch.utils.data.DataLoader):
 
 
 def _in_worker(_):
-    """Prepare a process of a `Loader`: Ctrl-C is the main process's business, and tensors are sent as
-    NumPy arrays, by value."""
+    """Prepare a process of a `Loader`: Ctrl-C is the main process's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ForkingPickler.register(torch.Tensor, _by_value)
+    ForkingPickler.register(torch.Tensor, _reduced)
 
 
-def _by_value(tensor):
-    """How to pickle a tensor on the CPU: what makes it anew, and from what."""
-    return torch.from_numpy, (tensor.numpy(),)
+def _reduced(tensor):
+    """How a tensor on the CPU is sent: in shared memory while there is plenty, else by value, which
+    is slower. Returns a function that makes it anew, and its arguments."""
+    size = tensor.numel() * tensor.element_size()
+    is_scarce = False
+    if os.path.isdir("/dev/shm"):
+        is_scarce = shutil.disk_usage("/dev/shm").free < 8 * size + 2**25
+    if is_scarce:
+        return torch.from_numpy, (tensor.numpy(),)
+    return reduce_tensor(tensor)
 
 
 def _step_of(line):
@@ -337,10 +345,9 @@ def _measured_threads(limit):
     number = next(number for number in numbers if seconds[number] <= 1.25 * fastest)
     if number < limit:
         ratio = seconds[limit] / seconds[number]
-        print(
+        options.tell(
             f"{number} of {limit} threads: with all of them a step takes {ratio:.1f} times as long, as "
-            "on a machine that is busy; --threads N decides otherwise",
-            file=sys.stderr,
+            "on a machine that is busy; --threads N decides otherwise"
         )
     return number
 
@@ -398,7 +405,7 @@ def training_data(run, args):
     run.say(dataset.reading)
     if run.is_rank0:
         for line in dataset.problems:
-            print(f"problem: {line}", file=sys.stderr)
+            options.tell(f"problem: {line}")
     if not dataset.test:
         dataset.train, run.held_out = hold_out(dataset.train, args.holdout, args.seed)
     if not args.eval:
@@ -492,8 +499,8 @@ def _origin(run, args):
     if not run.held_out:
         return "the 99 % quantile of the scores of training images (none was held out)"
     return (
-        f"the 99 % quantile of the scores of {len(run.held_out)} good images that were not trained on "
-        f"(--holdout {args.holdout:g})"
+        "the 99 % quantile of the scores of good images that were not trained on "
+        f"({len(run.held_out)}, --holdout {args.holdout:g})"
     )
 
 
@@ -912,7 +919,7 @@ def launch(main):
         message, status = _message_of(error), 2
         if message is None:
             if folder.kept():
-                print(folder.kept(), file=sys.stderr)
+                options.tell(folder.kept())
             raise
     finally:
         kept = folder.kept()
@@ -924,8 +931,7 @@ def launch(main):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         prefix = f"[rank {os.environ['RANK']}] "
     line = f"{prefix}{Path(sys.argv[0]).name}: {message}"
-    print("; ".join([line, kept] if kept else [line]), file=sys.stderr)
-    options.flush_output()
+    options.tell(f"{line}; {kept}" if kept else line)
     sys.exit(status)
 
 
