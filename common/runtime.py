@@ -51,6 +51,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import reduce_tensor
+from torch.utils.data._utils.collate import collate, default_collate_fn_map
 from tqdm import tqdm
 
 from common import UsageError, data, folder, options
@@ -120,6 +121,7 @@ class Run:
         return Loader(
             dataset,
             batch_sampler=batches,
+            collate_fn=_collate,
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
@@ -272,16 +274,28 @@ def _in_worker(_):
     ForkingPickler.register(torch.Tensor, _reduced)
 
 
+def _collate(samples):
+    """As torch's `default_collate`, which stacks a process's tensors in shared memory, but with care."""
+    return collate(samples, collate_fn_map={**default_collate_fn_map, torch.Tensor: _stack})
+
+
+def _stack(tensors, collate_fn_map=None):
+    if _is_scarce(sum(tensor.nbytes for tensor in tensors)):
+        return torch.stack(tensors)
+    return default_collate_fn_map[torch.Tensor](tensors, collate_fn_map=collate_fn_map)
+
+
 def _reduced(tensor):
     """How a tensor on the CPU is sent: in shared memory while there is plenty, else by value, which
     is slower. Returns a function that makes it anew, and its arguments."""
-    size = tensor.numel() * tensor.element_size()
-    is_scarce = False
-    if os.path.isdir("/dev/shm"):
-        is_scarce = shutil.disk_usage("/dev/shm").free < 8 * size + 2**25
-    if is_scarce:
+    if not tensor.is_shared() and _is_scarce(tensor.nbytes):
         return torch.from_numpy, (tensor.numpy(),)
     return reduce_tensor(tensor)
+
+
+def _is_scarce(size):
+    """Whether there is too little shared memory for a few more tensors of `size` bytes."""
+    return os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < 8 * size + 2**25
 
 
 def _step_of(line):

@@ -321,8 +321,8 @@ def test_grey_values_are_scaled_as_in_the_training(tmp_path):
 class Numbers(torch.utils.data.Dataset):
     """Image i is full of i; some kinds of trouble in the processes."""
 
-    def __init__(self, trouble=""):
-        self.trouble = trouble
+    def __init__(self, trouble="", pixels=4):
+        self.trouble, self.pixels = trouble, pixels
 
     def __len__(self):
         return 8
@@ -334,12 +334,12 @@ class Numbers(torch.utils.data.Dataset):
             time.sleep(30)
         if self.trouble == "missing":
             raise FileNotFoundError(errno.ENOENT, "No such file or directory", "gone.png")
-        return {"image": torch.full((3, 4, 4), i, dtype=torch.uint8), "index": i}
+        return {"image": torch.full((3, self.pixels, self.pixels), i, dtype=torch.uint8), "index": i}
 
 
-def batches_of(trouble=""):
+def batches_of(trouble="", pixels=4):
     run = runtime.Run("method", None, torch.device("cpu"))
-    return list(run.loader(Numbers(trouble), [[0, 1], [2, 3], [4, 5]], 2))
+    return list(run.loader(Numbers(trouble, pixels), [[0, 1], [2, 3], [4, 5]], 2))
 
 
 @pytest.mark.parametrize("free, shared", [(0, False), (2**40, True)])
@@ -353,6 +353,24 @@ def test_scarce_shared_memory_is_not_used(free, shared, monkeypatch):
     assert all((batch["image"] == batch["index"][:, None, None, None]).all() for batch in batches)
     assert [batch["image"].is_shared() for batch in batches] == [shared] * 3
     batches[0]["image"][:] = 7  # nobody else's, and writable
+
+
+def test_a_full_dev_shm(tmp_path):
+    """The real thing: /dev/shm of 64 KB, batches of 400 KB, two processes."""
+    text = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import torch, test_faults
+batches = test_faults.batches_of(pixels=300)
+assert [batch["index"].tolist() for batch in batches] == [[0, 1], [2, 3], [4, 5]]
+print("read")
+"""
+    python = [sys.executable, "-c", text, str(ROOT), str(ROOT / "tests")]
+    small = ["unshare", "-m", "bash", "-c", 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"', "-"]
+    if shutil.which("unshare") is None or subprocess.run([*small, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount /dev/shm anew")
+    done = subprocess.run([*small, *python], capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("read\n", "")
 
 
 def test_processes_that_die_or_hang_end_in_one_line(monkeypatch):
