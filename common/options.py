@@ -215,6 +215,9 @@ def before_torch(Args, presets, description):
     except UsageError as error:
         tell(f"{Path(sys.argv[0]).name}: {error}")
         sys.exit(2)
+    except BrokenPipeError:  # --help, which nobody reads
+        to_nowhere(sys.stdout)
+        sys.exit(0)
     finally:
         flush_output()
 
