@@ -188,8 +188,8 @@ class Run:
         if not args.eval:
             return None
         state = load_checkpoint(args.eval, self.method)
-        if args.predict and "normal_score" not in state:
-            state["normal_score"]  # raises, and says why
+        if args.predict and "model" not in state["finished"]:
+            raise UsageError(state.unfinished("threshold to compare with"))
         self.depths = state.get("depths", {})
         return state
 
@@ -830,9 +830,13 @@ class Checkpoint(dict):
         self.path = path
 
     def __missing__(self, name):
-        raise UsageError(
+        raise UsageError(self.unfinished(name))
+
+    def unfinished(self, lacking):
+        """Why it has not what is wanted, and what to do."""
+        return (
             f"{self.path}: its training is not finished (step {self.get('step', 0)}), so it has no "
-            f"{name}; --resume --out {Path(self.path).parent} finishes it"
+            f"{lacking}; --resume --out {Path(self.path).parent} finishes it"
         )
 
 
