@@ -5,6 +5,7 @@ kept, and loses nothing."""
 import csv
 import dataclasses
 import errno
+import importlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+import contract
 from common import UsageError, data, folder, options, runtime
 from common.options import option
 from conftest import ROOT
@@ -523,3 +525,17 @@ def test_ctrl_c_in_a_training_is_one_line_and_true(tiny_data, tmp_path):
     assert lines[0].startswith("omniad.py: interrupted; the training is kept in") and "--resume" in lines[0]
     state = runtime.load_checkpoint(tmp_path / "run" / "checkpoint.pt", "omniad")
     assert state["step"] >= 2 and state["finished"] == []
+
+
+SMALL = {
+    "onenip": ("--steps", 2, "--image-size", 64, "--bank", 1),
+    "omniad": ("--steps", 2, "--image-size", 64, "--depths", "1,1,1,1"),
+    "roads": ("--steps", 2, "--image-size", 64),
+    "cada": ("--steps", 2, "--image-size", 64, "--calibration-steps", 2),
+}
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_good_images_only(script, tiny_data, tmp_path, command):
+    """A folder of nothing but good pictures -> trained -> predicted, with each script."""
+    contract.check_good_images_only(importlib.import_module(script), SMALL[script], tiny_data, tmp_path, command)
