@@ -7,8 +7,9 @@
     PRESETS = {"paper": {}, "laptop": {"width": 64}}
     args = parse(Args, PRESETS, __doc__, method="omniad")
 
-Nothing heavy is imported here: a script that calls `before_torch` between its options and its `import torch` answers
---help, and a wrong option, at once, and ends in one line if Ctrl-C comes while torch is imported.
+Nothing heavy is imported here: a script that calls `before_torch` between its options and its
+`import torch` answers --help, and a wrong option, at once, and ends in one line if Ctrl-C comes
+while torch is imported.
 """
 
 import argparse
@@ -92,8 +93,8 @@ class Options:
 
     data: str = option(
         "synth",
-        "synth, mvtec, visa, btad, realiad, several joined with +, or a folder: in MVTec layout, or "
-        "of good images only",
+        "synth, mvtec, visa, btad, realiad, several joined with +, or a folder: in MVTec layout, "
+        "or of good images only",
         group="data",
     )
     data_root: str = option(
@@ -154,7 +155,7 @@ class Options:
     workers: int = option(0, "processes that prepare batches", low=0)
     threads: str = option(
         "auto",
-        "CPU threads of PyTorch: a number, or auto: $OMP_NUM_THREADS, else as measured at the start",
+        "CPU threads of PyTorch: a number, or auto: $OMP_NUM_THREADS, else measured at the start",
     )
     amp: str = option(
         "off",
@@ -190,8 +191,9 @@ class _Parser(argparse.ArgumentParser):
             formatter.start_section(group.title)
             formatter.add_arguments(group._group_actions)
             formatter.end_section()
-        usage = f"usage: {self.prog} [--option value ...]\n\nexamples:\n{EXAMPLES.format(self.prog)}"
-        return f"{self.description}\n\n{usage}\n\n{formatter.format_help()}"
+        usage = f"usage: {self.prog} [--option value ...]"
+        examples = f"examples:\n{EXAMPLES.format(self.prog)}"
+        return "\n\n".join([self.description, usage, examples, formatter.format_help()])
 
 
 def before_torch(Args, presets, description):
@@ -223,8 +225,8 @@ def before_torch(Args, presets, description):
 
 
 def any_output():
-    """What stdout and stderr cannot encode is written as \\x.., in place of an error: file names that
-    are no UTF-8, and every sign that an old code page lacks."""
+    """What stdout and stderr cannot encode is written as \\x.., in place of an error: file names
+    that are no UTF-8, and every sign that an old code page lacks."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -239,7 +241,7 @@ def tell(line):
 
 
 def flush_output():
-    """Write what is buffered. Where nobody reads any more (`| head`), it is dropped without a word."""
+    """Write what is buffered. Where nobody reads any more (`| head`), it is dropped."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -261,7 +263,7 @@ def interrupted_early(*_):
 
 
 def _wait_briefly():
-    """OpenMP threads that wait for one another give up their core soon, unless the user has said how.
+    """OpenMP threads that wait for one another give up their core soon, unless the user said how.
 
     GNU's OpenMP, with which PyTorch is built on Linux, has them spin for milliseconds: beside other
     programs the threads then steal each other's time. It reads this when torch is imported.
@@ -414,7 +416,7 @@ def _of_checkpoint(given, fields, method):
     """The options that the checkpoint to evaluate was trained with.
 
     Raises:
-        UsageError: no such checkpoint, of another script, or a file that it was trained with is gone.
+        UsageError: no such checkpoint, of another script, or what it was trained with is gone.
     """
     from common.runtime import load_checkpoint  # torch
 
@@ -427,8 +429,8 @@ def _of_checkpoint(given, fields, method):
         needed = name != "data" or not given.get("predict")
         if needed and _is_gone(saved[name]):
             raise UsageError(
-                f"{path} was trained with {_flag(name)} {saved[name]}, which is not there now; name it "
-                f"anew with {_flag(name)}"
+                f"{path} was trained with {_flag(name)} {saved[name]}, which is not there now; "
+                f"name it anew with {_flag(name)}"
             )
     return saved
 

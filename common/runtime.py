@@ -2,14 +2,14 @@
 
 A script uses it in this order:
 
-    args = runtime.parse(Args, PRESETS, __doc__, method="omniad")     # common/options.py
-    run = runtime.start(args, "omniad")               # device, threads, torchrun; refuses to overwrite a run
-    state = run.checkpoint_to_evaluate(args)          # --eval; None: a training
-    dataset, images = runtime.training_data(run, args)                # every file looked at
-    ...                                               # what may fail, fails before anything is written
-    run.open(args)                                    # output folder, of this run alone; args.json
-    ...                                               # train, or load what --eval names: score, state
-    if not dataset.test:                              # a folder of good images only
+    args = runtime.parse(Args, PRESETS, __doc__, method="omniad")  # common/options.py
+    run = runtime.start(args, "omniad")           # device, threads, torchrun; --out may be used
+    state = run.checkpoint_to_evaluate(args)      # --eval; None: a training
+    dataset, images = runtime.training_data(run, args)             # every file looked at
+    ...                                           # what may fail, fails before a file is written
+    run.open(args)                                # output folder, of this run alone; args.json
+    ...                                           # train, or load the checkpoint: score, state
+    if not dataset.test:                          # a folder of good images only
         return runtime.set_threshold(run, args, dataset, score, state)
 
 and in its training loop
@@ -23,8 +23,8 @@ and in its training loop
         job.record(loss, parts)
     return job.finish()
 
-`runtime.launch(main)` ends the program: a user's mistake is one line on stderr and exit status 2; what
-comes after `run.open` also says what is kept.
+`runtime.launch(main)` ends the program: a user's mistake is one line on stderr and exit status 2;
+after `run.open` it also says what is kept.
 """
 
 import contextlib
@@ -91,7 +91,7 @@ class Run:
                 options.to_nowhere(sys.stdout)
 
     def progress(self, iterable, desc, total=None, initial=0):
-        """A tqdm bar on stderr, silent when stderr is no terminal, and on all ranks but the first."""
+        """A tqdm bar on stderr; none where that is no terminal, and on all ranks but the first."""
         return tqdm(
             iterable,
             desc=desc,
@@ -221,7 +221,7 @@ class Run:
         return [item for part in parts for item in part]
 
     def mean(self, values):
-        """{name: scalar tensor} -> {name: float}, averaged over the ranks (a sync: do it rarely)."""
+        """{name: scalar tensor} -> {name: float}, mean over the ranks (a sync: do it rarely)."""
         stacked = torch.stack([value.detach().float() for value in values.values()])  # (values,)
         if self.world > 1:
             dist.all_reduce(stacked)
@@ -256,8 +256,8 @@ class Loader(torch.utils.data.DataLoader):
             batches = super().__iter__()
         except OSError as error:  # their semaphores lie in /dev/shm, too
             raise UsageError(
-                f"--workers {self.num_workers}: its processes cannot be started ({error.strerror}; is "
-                f"/dev/shm full?); {advice}"
+                f"--workers {self.num_workers}: its processes cannot be started "
+                f"({error.strerror}; is /dev/shm full?); {advice}"
             ) from None
         try:
             yield from batches
@@ -275,7 +275,7 @@ def _in_worker(_):
 
 
 def _collate(samples):
-    """As torch's `default_collate`, which stacks a process's tensors in shared memory, but with care."""
+    """As torch's `default_collate`, which stacks in shared memory, but only where it is enough."""
     return collate(samples, collate_fn_map={**default_collate_fn_map, torch.Tensor: _stack})
 
 
@@ -308,8 +308,8 @@ def _step_of(line):
 def start(args, method):
     """Device, threads, process group and output folder of a run.
 
-    `args.threads` becomes the number that was chosen. Raises `UsageError` if the device is not there or
-    the folder cannot be had (see `folder.refuse`).
+    `args.threads` becomes the number that was chosen. Raises `UsageError` if the device is not
+    there or the folder cannot be had (see `folder.refuse`).
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = _device(args)
@@ -342,9 +342,9 @@ def _set_threads(threads, device):
 def _measured_threads(limit):
     """How many threads to use now: all of `limit`, unless that is clearly slower than fewer.
 
-    Where other programs are running, threads wait for one another all the time, and two can take ten
-    times as long as one. Measured with a convolution, a tenth of a second for each number, twice. Says
-    so on stderr if it is fewer.
+    Where other programs are running, threads wait for one another all the time, and two can take
+    ten times as long as one. Measured with a convolution, a tenth of a second for each number,
+    twice. Says so on stderr if it is fewer.
     """
     numbers = [limit]
     while numbers[-1] > 1:
@@ -360,8 +360,8 @@ def _measured_threads(limit):
     if number < limit:
         ratio = seconds[limit] / seconds[number]
         options.tell(
-            f"{number} of {limit} threads: with all of them a step takes {ratio:.1f} times as long, as "
-            "on a machine that is busy; --threads N decides otherwise"
+            f"{number} of {limit} threads: with all of them a step takes {ratio:.1f} times as "
+            "long, as on a machine that is busy; --threads N decides otherwise"
         )
     return number
 
@@ -407,11 +407,11 @@ def _has_bf16(device):
 def training_data(run, args):
     """--data as (dataset, pixels of its training images); (None, None) for --predict.
 
-    Every file is looked at, and what is odd about the data is said on stderr. Where there are no test
-    images, `dataset.test` is empty and a share of the training images goes to `run.held_out`.
+    Every file is looked at, and what is odd about the data is said on stderr. Where there are no
+    test images, `dataset.test` is empty and a share of the training images goes to `run.held_out`.
 
     Raises:
-        UsageError: as `data.load` and `data.check`; options that need test images where there are none.
+        UsageError: as `data.load` and `data.check`; options that need test images without these.
     """
     if args.predict:
         return None, None
@@ -452,7 +452,7 @@ def _checked_data(run, args):
 
 
 def hold_out(samples, share, seed):
-    """Part the training images in two: (to train on, to set the threshold with), each in their order.
+    """Part the training images in two: (to train on, to set the threshold with), in their order.
 
     share: of every class is held out, one image at least if it has two; 0: none.
     """
@@ -472,8 +472,8 @@ def set_threshold(run, args, dataset, score, state):
     """The end of a training without test images: the thresholds of --predict, from good images that
     were not trained on (`run.held_out`), scored as --predict does it.
 
-    Written are threshold.json, scores.csv (their scores) and, into checkpoint.pt, "normal_score", the
-    99 % quantile of the image scores, and "pixel_threshold", that of the maps' largest values.
+    Written are threshold.json, scores.csv (their scores) and, into checkpoint.pt, "normal_score",
+    the 99 % quantile of the image scores, and "pixel_threshold", that of the maps' largest values.
 
     Args:
         score: (images (B, 3, S, S) uint8 on the run's device, their B samples) -> (maps (B, S, S),
@@ -503,7 +503,8 @@ def set_threshold(run, args, dataset, score, state):
     }
     write_atomic(run.out / "threshold.json", (json.dumps(found, indent=1) + "\n").encode())
     checkpoint = run.out / "checkpoint.pt"
-    run.say(f"no test images, so no metrics; threshold {found['threshold']:.4g}: {_origin(run, args)}")
+    value = f"{found['threshold']:.4g}"
+    run.say(f"no test images, so no metrics; threshold {value}: {_origin(run, args)}")
     run.say(f"{run.out}: checkpoint.pt, threshold.json")
     run.say(f"next: python {Path(sys.argv[0]).name} --eval {checkpoint} --predict PICTURES")
 
@@ -618,7 +619,7 @@ class Training:
     def batches(self, dataset, steps, batch_size=None, title="training"):
         """Yield (step, batch) for all steps that are left, with a progress bar.
 
-        dataset: a `Stream`. steps: of the whole job. batch_size: of this rank, default that of args.
+        dataset: a `Stream`. steps: of the whole job. batch_size: of this rank, default args' own.
         """
         batch_size = batch_size or self.args.batch_size
         self.steps, self.images_per_step = steps, batch_size * self.run.world

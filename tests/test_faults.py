@@ -412,7 +412,7 @@ def test_number_of_threads_is_measured_and_said(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("threads, environment, expected", [("3", "1", 3), ("auto", "2", None), ("auto", None, 5)])
-def test_threads_follow_the_option_then_the_environment_then_the_clock(threads, environment, expected, monkeypatch, tmp_path):
+def test_threads_follow_option_environment_and_clock(threads, environment, expected, monkeypatch, tmp_path):
     """The number is the run's: in args.json (a resumed run has the same) and in metrics.json."""
     before = torch.get_num_threads()
     monkeypatch.setattr(runtime, "_measured_threads", lambda limit: 5)

@@ -372,7 +372,8 @@ def test_resume_takes_the_options_of_the_run_in_the_folder(tmp_path):
         resume("--rate", "0.75")
     assert resume("--workers", "3", "--threads", "2").workers == 3
     saved = json.loads((out / "args.json").read_text())
-    for changes, said in (({"method": "roads"}, "a run of roads.py, not of method.py"), ({"eval": "c.pt"}, "evaluation of c.pt")):
+    for changes, said in (({"method": "roads"}, "a run of roads.py, not of method.py"),
+                          ({"eval": "c.pt"}, "evaluation of c.pt")):
         (out / "args.json").write_text(json.dumps({**saved, **changes}))
         with pytest.raises(UsageError, match=said):
             resume()
