@@ -53,7 +53,7 @@ LOG2E = 1.4426950408889634  # the kernels use exp2, the GPU's native function, o
 # (is it fp32, BLOCK_D) -> (most queries or keys in one block, warps), such that no register spills
 TILES = {
     (False, 16): (64, 4), (False, 32): (64, 4), (False, 64): (64, 8), (False, 128): (32, 4),
-    (True, 16): (64, 8), (True, 32): (32, 4), (True, 64): (32, 8), (True, 128): (16, 4),
+    (True, 16): (64, 8), (True, 32): (32, 4), (True, 64): (32, 8), (True, 128): (16, 8),
 }
 PROGRAMS_PER_CORE = 4  # split a long side until every core of the card has about this many programs,
 BLOCKS_PER_SPLIT = 4  # but leave each of them at least this many blocks to walk over
@@ -640,8 +640,8 @@ def _tiles(q, k, *others):
     D = q.shape[3]
     block_d = max(16, triton.next_power_of_2(D))  # tl.dot wants at least 16
     side, warps = TILES[q.dtype == torch.float32, block_d]
-    if D < block_d and D > 16:  # masks along the channels cost registers too
-        side = min(side, 32)
+    if 16 < D < block_d:  # masks along the channels cost registers too
+        side = max(16, side // 2)
     block_n = max(16, min(side, triton.next_power_of_2(q.shape[2])))
     block_m = max(16, min(side, triton.next_power_of_2(k.shape[2])))
     starts = []
