@@ -53,7 +53,7 @@ LOG2E = 1.4426950408889634  # the kernels use exp2, the GPU's native function, o
 # (is it fp32, BLOCK_D) -> (most queries or keys in one block, warps), such that no register spills
 TILES = {
     (False, 16): (64, 4), (False, 32): (64, 4), (False, 64): (64, 8), (False, 128): (32, 4),
-    (True, 16): (64, 8), (True, 32): (32, 4), (True, 64): (32, 4), (True, 128): (32, 8),
+    (True, 16): (64, 8), (True, 32): (32, 4), (True, 64): (32, 8), (True, 128): (16, 8),
 }
 PROGRAMS_PER_CORE = 4  # split a long side until every core of the card has about this many programs,
 BLOCKS_PER_SPLIT = 4  # but leave each of them at least this many blocks to walk over
@@ -640,6 +640,8 @@ def _tiles(q, k, *others):
     D = q.shape[3]
     block_d = max(16, triton.next_power_of_2(D))  # tl.dot wants at least 16
     side, warps = TILES[q.dtype == torch.float32, block_d]
+    if 16 < D < block_d:  # masks along the channels cost registers too
+        side = max(16, side // 2)
     block_n = max(16, min(side, triton.next_power_of_2(q.shape[2])))
     block_m = max(16, min(side, triton.next_power_of_2(k.shape[2])))
     starts = []
@@ -650,7 +652,14 @@ def _tiles(q, k, *others):
 
 
 def _flags(q, window, dropout_p):
-    return dict(WINDOW=bool(window), DROPOUT=dropout_p > 0, DOT=dot_type(q.dtype))
+    options = dict(WINDOW=bool(window), DROPOUT=dropout_p > 0, DOT=dot_type(q.dtype))
+    return options | registers(255)
+
+
+def registers(most):
+    """Launch option, where there is one: without it the compiler may choose fewer registers a thread,
+    to run more programs at once, and spill some of them to memory."""
+    return {} if torch.version.hip else {"maxnreg": most}
 
 
 def split(programs, length, block, device):
@@ -740,10 +749,6 @@ def attention_grad_triton(
 
     all_keys = key_blocks == 1
     all_queries = query_blocks == 1 and not all_keys
-    if not all_keys and not all_queries and torch.version.hip is None:
-        # both sides long: the compiler would rather spill a few registers than run fewer programs at
-        # once; forbid it, where there is such an option
-        flags["maxnreg"] = 255
     query_splits, query_chunk = split(B * H * key_blocks, N, block_n, device)
     key_splits, key_chunk = split(B * H * query_blocks, M, block_m, device)
     # one partial gradient per split, and per image where all images share the tokens

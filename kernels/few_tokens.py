@@ -38,7 +38,7 @@ from torch.autograd.function import once_differentiable
 from .backend import autocast, compare, opaque, tl, trial, trial_tensors, triton, use_triton
 from .cross_attention import (
     LOG2E, _delta_kernel, _load_rows, _merge_kernel, _softmax_rows, _store_rows,
-    _sum_parts_kernel, cross_attention, dot_type, split,
+    _sum_parts_kernel, cross_attention, dot_type, registers, split,
 )
 
 
@@ -180,9 +180,14 @@ def _use_triton(backend, tokens, x, shape):
     unsupported = None
     if not {tokens.dtype, x.dtype} <= {torch.float32, torch.float16, torch.bfloat16}:
         unsupported = f"few_token_attention takes float32, float16 or bfloat16, got {x.dtype}"
-    elif not 8 <= x.shape[2] <= WIDEST:
-        unsupported = f"few_token_attention takes maps of width 8 to {WIDEST}, got {x.shape[2]}"
-    return use_triton(backend, "few_token_attention", autocast(tokens)[0], unsupported, shape)
+    (tokens,) = autocast(tokens)
+    widest = WIDEST[tokens.dtype == torch.float32]
+    if unsupported is None and not 8 <= x.shape[2] <= widest:
+        unsupported = (
+            f"few_token_attention in {tokens.dtype} takes maps of width 8 to {widest}, "
+            f"got {x.shape[2]}"
+        )
+    return use_triton(backend, "few_token_attention", tokens, unsupported, shape)
 
 
 def standardise(x, eps):
@@ -365,7 +370,7 @@ def _map_reads_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     acc += tl.load(out_bias + c, mask=c < C, other=0.0)[None, :]
     for h in range(0, H):
-        p, _ = _head_weights(
+        p, key = _head_weights(
             z, keys, bias, at, bias_at, h, L, C, BLOCK_C, ALIGN, BLOCK_L, LOG2E, DOT
         )
         j = tl.arange(0, BLOCK_L)
@@ -430,7 +435,7 @@ def _map_reads_grad_tokens_kernel(
         z, _ = _standard_rows(x, b * x_b, m, x_m, M, eps, C, BLOCK_C, ALIGN)
         z = z.to(DOT)
         do_tile = _load_rows(do, b * do_b, m, do_m, M, C, BLOCK_C, ALIGN, DOT)  # zeros beyond the map
-        p, _ = _head_weights(
+        p, key = _head_weights(
             z, keys, bias, at, bias_at, h, L, C, BLOCK_C, ALIGN, BLOCK_L, LOG2E, DOT
         )
         dp = tl.dot(do_tile, tl.trans(value), input_precision="ieee")  # (BLOCK_M, BLOCK_L)
@@ -450,7 +455,8 @@ def _map_reads_grad_tokens_kernel(
 # --------------------------------------------------------------------------------------------------
 
 
-WIDEST = 512  # channels; a tile of more does not fit on chip
+# fp32 or not -> most channels: a tile of more does not fit on chip, and PyTorch's matrix products win
+WIDEST = {True: 64, False: 512}
 BLOCK_R = 16  # folded tokens per block
 
 
@@ -598,7 +604,7 @@ def map_reads_grad_triton(
     shared = (x, *x.stride()[:2], do, *do.stride()[:2], keys, bias, values)
     with torch.cuda.device_of(x):
         _map_reads_grad_map_kernel[(B, triton.cdiv(M, tile["BLOCK_M"]))](
-            *shared, dx, *dx.stride()[:2], M, heads, L, eps, **tile
+            *shared, dx, *dx.stride()[:2], M, heads, L, eps, **tile, **registers(255)
         )
         _map_reads_grad_tokens_kernel[(B, heads, splits)](
             *shared, dk, dv, dk.stride(0), db, db.stride(0), M, heads, L, chunk, eps, **tile
