@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,21 @@ def test_masks_are_exact(cls, monkeypatch):
         assert change[mask == 0].max() <= synth.VISIBLE, kind
         assert (change[mask > 0] > synth.VISIBLE).mean() > 0.6, kind
         assert 0.002 <= (mask > 0).mean() <= 0.10, kind
+
+
+@pytest.mark.skipif(np.__version__ >= "2", reason="numpy 1 is the one that promotes by value")
+def test_numpy_1_computes_in_the_same_precision():
+    """No expression of the drawing mixes numpy's scalars with float32 arrays: numpy 1 and 2 would round differently."""
+    before = np._get_promotion_state()
+    np._set_promotion_state("weak_and_warn")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="result dtype changed")
+            for cls in synth.CLASSES:
+                for index in range(len(synth.DEFECTS[cls])):
+                    synth.photograph(cls, "bad", index, size=64)
+    finally:
+        np._set_promotion_state(before)
 
 
 def test_normal_pictures_vary():
