@@ -157,6 +157,15 @@ class Args(Options):
         group="scoring",
         choices=("fixed", "random", "wrong"),
     )
+    prompt_of: str = option(
+        "", "at test every image gets the prompt of this class, whatever it shows", group="scoring"
+    )
+    prompt_seed: int = option(
+        -1,
+        "seed that draws the fixed prompts, and those of --prompt-test random; with --eval it draws "
+        "fixed prompts anew, from the training images of --data (Table 4d); -1: that of --seed",
+        low=-1,
+    )
     prompt: str = option(
         "dynamic",
         "none: UniAD's learned queries; static: the prompt is a query only (Eq. 2); "
@@ -758,14 +767,29 @@ class Textures:
         return texture.clip(0, 255).astype(np.uint8)
 
 
-def fixed_prompts(samples, seed):
+def seed_of_prompts(args):
+    return args.seed if args.prompt_seed < 0 else args.prompt_seed
+
+
+def fixed_prompts(samples, args):
     """One training image of each class: {class: its index in samples}, classes in order."""
-    rng = np.random.default_rng([seed, 0])
+    rng = np.random.default_rng([seed_of_prompts(args), 0])
     chosen = {}
     for cls in sorted({sample.cls for sample in samples}):
         members = [i for i, sample in enumerate(samples) if sample.cls == cls]
         chosen[cls] = int(rng.choice(members))
     return chosen
+
+
+def prompts_of_images(run, features, images, fixed):
+    """The part of a checkpoint that says which prompts are fixed: {"classes": names, "prompts":
+    their features (classes, C, h, w), "prompt_files": paths}."""
+    prompts = [features(run.to_device(images[i][None])).cpu() for i in fixed.values()]
+    return {
+        "classes": list(fixed),
+        "prompts": torch.cat(prompts),
+        "prompt_files": [str(images.samples[i].image) for i in fixed.values()],
+    }
 
 
 class Triplets(runtime.Stream):
@@ -855,18 +879,13 @@ def train(args, run, features, model, images):
     if job.finished:  # only the evaluation is missing
         return job.resumed
     frozen = runtime.Frozen(run, features, images, args)
-    fixed = fixed_prompts(images.samples, args.seed)
+    fixed = fixed_prompts(images.samples, args)
+    job.contents |= prompts_of_images(run, features, images, fixed)
     images_per_step = args.batch_size * run.world
     dataset = Triplets(images, args, fixed, images_per_step, frozen.needs_images)
     bank = None
     if args.bank and dataset.synthetic:
         bank = Bank(args, run, features, dataset)
-    prompts = features_of(frozen, dataset, fixed.values())  # (classes, C, h, w)
-    job.contents |= {
-        "classes": list(fixed),
-        "prompts": prompts.cpu(),
-        "prompt_files": [str(images.samples[i].image) for i in fixed.values()],
-    }
     steps = args.steps or dataset.steps(args.epochs)
 
     parallel.train()
@@ -888,14 +907,9 @@ def train(args, run, features, model, images):
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         job.record(loss, parts)
+    prompts = run.to_device(job.contents["prompts"])
     found = training_statistics(args, run, frozen, features, model.eval(), dataset, prompts)
     return job.finish(**found)
-
-
-def features_of(frozen, dataset, indices):
-    """The frozen features of training images, one after the other: (n, C, h, w)."""
-    found = [frozen(default_collate([dataset.sample(i)])) for i in indices]
-    return torch.cat(found)
 
 
 def training_statistics(args, run, frozen, features, model, dataset, prompts):
@@ -1003,7 +1017,8 @@ class Scorer:
         self.members = {cls: [] for cls in self.classes}  # class -> indices of its training images
         if args.prompt_test == "random" and args.prompt != "none":
             for i, sample in enumerate(images.samples):
-                self.members[sample.cls].append(i)
+                if sample.cls in self.members:
+                    self.members[sample.cls].append(i)
 
     def __call__(self, images, samples):
         error, logits = self.reconstruct(images, samples)
@@ -1036,6 +1051,8 @@ class Scorer:
 
     def row_of_prompt(self, sample, similar):
         """Which class's prompt a sample gets; `similar`: the class whose prompt is most similar."""
+        if self.args.prompt_of:
+            return self.classes.index(self.args.prompt_of)
         row, wrong = similar, self.args.prompt_test == "wrong"
         if (self.args.prompt_class == "given" or wrong) and sample.cls in self.classes:
             row = self.classes.index(sample.cls)
@@ -1043,30 +1060,32 @@ class Scorer:
 
     def random_prompts(self, samples, rows):
         """Encoded prompts (B, N, D): a random training image of each sample's row of classes."""
-        pictures = []
+        pictures, seed = [], seed_of_prompts(self.args)
         for sample, row in zip(samples, rows):
             # drawn by the image's own name: the same in any batch on any rank
             name = f"{sample.cls}/{sample.defect}/{sample.image.name}"
-            rng = np.random.default_rng([self.args.seed, 5, zlib.crc32(name.encode())])
+            rng = np.random.default_rng([seed, 5, zlib.crc32(name.encode())])
             members = self.members[self.classes[row]]
             pictures.append(self.images[int(rng.choice(members))])
         x = self.features(self.run.to_device(torch.stack(pictures)))
         return encoded_prompts(self.run, self.model, x)
-
-    def selection(self, samples):
-        """Share of images whose most similar prompt is of their own class; None when no class is
-        known."""
-        right = []
-        for sample in samples:
-            if str(sample.image) in self.chosen and sample.cls in self.classes:
-                right.append(self.chosen[str(sample.image)] == sample.cls)
-        return sum(right) / len(right) if right else None
 
 
 def fingerprint(x):
     """Features averaged over the positions, of length 1: (B, C, h, w) -> (B, C). Their product is
     the cosine similarity that selects prompts."""
     return F.normalize(x.mean((2, 3)), dim=1)
+
+
+def selection_accuracy(run, score, samples):
+    """Share of scored images whose most similar prompt is of their own class; None if the model
+    knows none of their classes."""
+    right = []
+    for sample in samples[run.rank :: run.world]:
+        if sample.cls in score.classes:
+            right.append(score.chosen[str(sample.image)] == sample.cls)
+    right = run.gather(right)
+    return sum(right) / len(right) if right else None
 
 
 def scale_of(args, run, score, dataset, state):
@@ -1103,6 +1122,7 @@ def main():
     kernels.set_backend(args.kernels)
     state = run.checkpoint_to_evaluate(args)
     dataset, images = runtime.training_data(run, args)
+    check_prompts(args, state, dataset)
     features = run.rank0_first(Features, args.backbone, args.weights, args.image_size)
     features.to(run.device)
     torch.manual_seed(args.seed)  # initial weights: the same on every rank
@@ -1112,25 +1132,26 @@ def main():
     run.open(args)
     if state:
         runtime.load_model(model, state["model"], args.eval)
+        if draws_prompts(args, state):
+            fixed = fixed_prompts(images.samples, args)
+            state |= prompts_of_images(run, features, images, fixed)
     else:
         state = train(args, run, features, model, images)
     score = Scorer(args, run, features, model, state, images)
     score.scale = scale_of(args, run, score, dataset, state)
     if args.predict:
         normal = normal_score(args, state, score.scale)
-        return report.predict(run, args, score, normal, columns_of(score))
+        return report.predict(run, args, score, normal, columns_of(args, score))
 
     def accuracy():
-        share = dataset.test[run.rank :: run.world]
-        right = [score.selection([s]) for s in share if s.cls in score.classes]
-        return {"prompt selection accuracy": float(np.mean(run.gather(right) or [0.0]))}
+        return {"prompt selection accuracy": selection_accuracy(run, score, dataset.test)}
 
     report.evaluate(
         run,
         args,
         dataset,
         score,
-        setting=setting_of(args, features, model, state),
+        setting=setting_of(args, features, model, state, dataset),
         seconds=state["seconds"],
         paper=paper_numbers(dataset, args),
         extra=accuracy,
@@ -1146,26 +1167,84 @@ def check(args):
         raise UsageError(f"--hidden {args.hidden}: must be a multiple of --heads and of 2")
     if args.predict and args.score_scale == "test":
         raise UsageError("--predict has no test set: give --score-scale train (or none)")
+    if args.prompt_of and (args.prompt == "none" or args.prompt_test == "wrong"):
+        raise UsageError("--prompt-of goes with neither --prompt none nor --prompt-test wrong")
+    if args.predict and args.prompt != "none" and args.prompt_test != "fixed":
+        raise UsageError(
+            f"--prompt-test {args.prompt_test} needs training images and labels, which --predict "
+            "has not: give --prompt-test fixed"
+        )
 
 
-def columns_of(score):
+def draws_prompts(args, state):
+    """Whether an evaluation takes other fixed prompts than its checkpoint's."""
+    return args.prompt_seed != state["args"]["prompt_seed"]
+
+
+def check_prompts(args, state, dataset):
+    """Whether the checkpoint `state` (None: a training) and the data (None: --predict) have what
+    the options of the prompt ask for."""
+    if state and "model" not in state["finished"]:
+        raise UsageError(
+            f"{args.eval}: of a training that was interrupted at step {state['step']}; "
+            "finish it with --resume"
+        )
+    new = state is None or draws_prompts(args, state)
+    if new and dataset is None:
+        raise UsageError("--predict has no training images: leave --prompt-seed out")
+    classes = dataset.classes if new else state["classes"]  # those that have a prompt
+    if args.prompt_of and args.prompt_of not in classes:
+        known = ", ".join(sorted(classes))
+        raise UsageError(f"--prompt-of {args.prompt_of}: no such class; known: {known}")
+    if args.prompt == "none" or args.prompt_test == "fixed":
+        return
+    if args.prompt_test == "wrong" and len(classes) == 1:
+        raise UsageError("--prompt-test wrong: there is one class only, whose prompt is the right one")
+    lacking = sorted(classes_of_prompts(args, classes, dataset) - set(dataset.classes))
+    if args.prompt_test == "random" and lacking:
+        raise UsageError(
+            f"--prompt-test random: --data has no training images of {lacking[0]}, of which "
+            "prompts may be drawn; give --prompt-test fixed, or --prompt-class given"
+        )
+
+
+def classes_of_prompts(args, classes, dataset):
+    """The classes whose prompts test images may get, of `classes`."""
+    if args.prompt_of:
+        return {args.prompt_of}
+    if args.prompt_class == "given" and set(dataset.classes) <= set(classes):
+        return set(dataset.classes)
+    return set(classes)
+
+
+def columns_of(args, score):
     """Of predictions.csv, besides path, score and ratio."""
 
     def prompt(sample, value):
-        return score.chosen[str(sample.image)]
+        return args.prompt_of or score.chosen[str(sample.image)]
 
     return {"prompt": prompt}
 
 
-def setting_of(args, features, model, state):
+def name_of_prompt(args, state, dataset):
+    """What the report says of the prompts at test."""
+    if args.prompt == "none":
+        return "none"
+    if args.prompt_of:
+        return f"{args.prompt}, {args.prompt_test}, of {args.prompt_of}"
+    name = f"{args.prompt}, {args.prompt_test}, {args.prompt_class}"
+    unknown = sorted(set(dataset.classes) - set(state["classes"]))
+    if args.prompt_class == "given" and unknown:
+        name += f" (selected for the classes without a prompt: {', '.join(unknown)})"
+    return name
+
+
+def setting_of(args, features, model, state, dataset):
     """What stands above the table."""
-    prompt = args.prompt
-    if prompt != "none":
-        prompt = f"{args.prompt}, {args.prompt_test}, {args.prompt_class}"
     return {
         "image size": args.image_size,
         "backbone": f"{args.backbone} ({features.backbone.weights_note})",
-        "prompt": prompt,
+        "prompt": name_of_prompt(args, state, dataset),
         "textures": args.textures or "drawn by code",
         "smoothing": "none",
         "image score": f"max after {args.pool}x{args.pool} average pooling",
