@@ -157,6 +157,12 @@ class Args(Options):
         group="scoring",
         choices=("fixed", "random", "wrong"),
     )
+    eval_every: float = option(
+        0.0,
+        "measure the test images every so many epochs, as a line of log.jsonl (Fig. 1b); selects "
+        "nothing, and counts as time of the training; 0: never",
+        low=0.0,
+    )
     prompt_of: str = option(
         "", "at test every image gets the prompt of this class, whatever it shows", group="scoring"
     )
@@ -844,11 +850,11 @@ class Bank:
     Called with {"index": (B,)}: features (B, C, h, w) and masks (B, S, S), on the device.
     """
 
-    def __init__(self, args, run, features, dataset):
+    def __init__(self, args, run, features, stream):
         images, masks = [], []
-        count = len(dataset.cls) * args.bank
+        count = len(stream.cls) * args.bank
         for number in run.progress(range(count), "pseudo-anomalies"):
-            image, mask = dataset.pseudo_anomaly(number // args.bank, number)
+            image, mask = stream.pseudo_anomaly(number // args.bank, number)
             images.append(image)
             masks.append(mask)
         self.run, self.masks = run, torch.stack(masks)  # (N · bank, S, S)
@@ -871,8 +877,11 @@ def optimizer_of(model, args):
     return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
 
 
-def train(args, run, features, model, images):
-    """The flat training loop: trains `model` in place. Returns the finished checkpoint state."""
+def train(args, run, features, model, images, dataset):
+    """The flat training loop: trains `model` in place. Returns the finished checkpoint state.
+
+    images: pixels of the training images. dataset: for --eval-every.
+    """
     model, parallel = run.wrap(model)
     optimizer = optimizer_of(model, args)
     job = runtime.Training(run, args, model, optimizer)
@@ -882,14 +891,17 @@ def train(args, run, features, model, images):
     fixed = fixed_prompts(images.samples, args)
     job.contents |= prompts_of_images(run, features, images, fixed)
     images_per_step = args.batch_size * run.world
-    dataset = Triplets(images, args, fixed, images_per_step, frozen.needs_images)
+    stream = Triplets(images, args, fixed, images_per_step, frozen.needs_images)
     bank = None
-    if args.bank and dataset.synthetic:
-        bank = Bank(args, run, features, dataset)
-    steps = args.steps or dataset.steps(args.epochs)
+    if args.bank and stream.synthetic:
+        bank = Bank(args, run, features, stream)
+    steps = args.steps or stream.steps(args.epochs)
+
+    def statistics():
+        return training_statistics(args, run, frozen, features, model.eval(), stream, job.contents)
 
     parallel.train()
-    for step, batch in job.batches(dataset, steps):
+    for step, batch in job.batches(stream, steps):
         run.seed(args.seed, 4, step)  # jitter and dropout
         job.set_rate(step)
         normal = frozen(batch["normal"])  # (B, C, h, w), like all three
@@ -897,7 +909,7 @@ def train(args, run, features, model, images):
         synthetic = mask = None
         if bank is not None:
             synthetic, mask = bank(batch["synthetic"])
-        elif dataset.synthetic:
+        elif stream.synthetic:
             synthetic = features(run.to_device(batch["synthetic"]["image"]))
             mask = run.to_device(batch["synthetic"]["mask"]).float()  # (B, S, S)
         with run.autocast():
@@ -906,37 +918,42 @@ def train(args, run, features, model, images):
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
+        if args.eval_every and (step + 1) % stream.steps(args.eval_every) == 0:
+            epoch = (step + 1) * images_per_step / len(images)
+            score = scorer(args, run, features, model, job.contents | statistics(), dataset, images)
+            test = report.measure(run, args, dataset, score, corrupt=report.corruption(args))
+            run.log({"step": step + 1, "epoch": round(epoch, 2), "test": test.rep["mean"]})
+            parallel.train()
         job.record(loss, parts)
-    prompts = run.to_device(job.contents["prompts"])
-    found = training_statistics(args, run, frozen, features, model.eval(), dataset, prompts)
-    return job.finish(**found)
+    return job.finish(**statistics())
 
 
-def training_statistics(args, run, frozen, features, model, dataset, prompts):
+def training_statistics(args, run, frozen, features, model, stream, contents):
     """What scoring takes from training images (N, up to 256) and pseudo-anomalies made of them.
 
+    contents: of the checkpoint, with the fixed prompts.
     Returns {"scale": c = (max + min)/2 of S_rec over both, "normal_errors": (N, 1, h, w),
     "normal_logits": (N, 1, 4h, 4w) or None}: of the normal images, for `normal_score`.
     """
-    classes = list(dataset.fixed)
-    count = min(256, len(dataset.cls))
+    classes = contents["classes"]
+    count = min(256, len(stream.cls))
     errors, logits, s_rec = [], [], []  # of each batch
-    encoded = encoded_prompts(run, model, prompts)
+    encoded = encoded_prompts(run, model, run.to_device(contents["prompts"]))
     for first in run.progress(range(0, count, args.batch_size), "training statistics"):
         last = min(first + args.batch_size, count)
         numbers = range(2**40 + first, 2**40 + last)  # of samples that training never reaches
-        items = [dataset[number] for number in numbers]
+        items = [stream[number] for number in numbers]
         batch = default_collate([item["normal"] for item in items])
         indices = batch["index"].tolist()
         p = None
         if encoded is not None:
-            p = encoded[[classes.index(dataset.cls[i]) for i in indices]]
+            p = encoded[[classes.index(stream.cls[i]) for i in indices]]
         error, logit = reconstruct(run, model, frozen(batch), p)
         errors.append(error)
         logits.append(logit)
         s_rec.append(resize(error, args.image_size))
-        if dataset.synthetic:
-            made = [dataset.pseudo_anomaly(i, number) for i, number in zip(indices, numbers)]
+        if stream.synthetic:
+            made = [stream.pseudo_anomaly(i, number) for i, number in zip(indices, numbers)]
             pictures = torch.stack([image for image, _ in made])  # (B, 3, S, S)
             x = features(run.to_device(pictures))
             error, _ = reconstruct(run, model, x, p)
@@ -1088,13 +1105,14 @@ def selection_accuracy(run, score, samples):
     return sum(right) / len(right) if right else None
 
 
-def scale_of(args, run, score, dataset, state):
-    """c by --score-scale (departure 4)."""
+def scorer(args, run, features, model, state, dataset, images):
+    """A `Scorer` with c by --score-scale (departure 4)."""
+    score = Scorer(args, run, features, model, state, images)
     if args.score_scale == "none":
-        return 1.0
-    if args.score_scale == "test":
-        return scale_of_test_set(args, run, score, dataset)
-    return state["scale"]
+        score.scale = 1.0
+    elif args.score_scale == "test":
+        score.scale = scale_of_test_set(args, run, score, dataset)
+    return score
 
 
 def scale_of_test_set(args, run, score, dataset):
@@ -1136,9 +1154,8 @@ def main():
             fixed = fixed_prompts(images.samples, args)
             state |= prompts_of_images(run, features, images, fixed)
     else:
-        state = train(args, run, features, model, images)
-    score = Scorer(args, run, features, model, state, images)
-    score.scale = scale_of(args, run, score, dataset, state)
+        state = train(args, run, features, model, images, dataset)
+    score = scorer(args, run, features, model, state, dataset, images)
     if args.predict:
         normal = normal_score(args, state, score.scale)
         return report.predict(run, args, score, normal, columns_of(args, score))

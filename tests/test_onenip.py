@@ -590,6 +590,42 @@ def test_second_run_and_evaluation_of_the_checkpoint_are_identical(finished, tin
     assert metrics_of(tmp_path / "other")["mean"] != first["mean"]
 
 
+def test_metrics_by_epoch_change_nothing_and_end_at_the_result(tiny_data, tmp_path, command, metrics_of, monkeypatch):
+    """--eval-every: the test metrics on the way are lines of the log; weights and result are those of the run without
+    it, and the last line is the result itself. An interrupted and resumed run has the same lines."""
+    words = ("--data", tiny_data, *SMALL, "--classes", "screw,capsule", "--dropout", 0.1)  # 12 images, 8 a step
+    every = ("--eval-every", 1.4, "--steps", 12)  # 3 steps
+    assert command("onenip", *words, "--out", tmp_path / "plain").status == 0
+    assert command("onenip", *words, *every, "--out", tmp_path / "run").status == 0
+    plain, result = metrics_of(tmp_path / "plain"), metrics_of(tmp_path / "run")
+    assert result == plain
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("plain", "run"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    log = contract.read_log(tmp_path / "run")
+    tests = [line for line in log if "test" in line]
+    assert [(line["step"], line["epoch"]) for line in tests] == [(3, 2), (6, 4), (9, 6), (12, 8)]
+    assert tests[-1]["test"] == result["mean"] != tests[0]["test"]
+    losses = [[line["loss"] for line in lines if "loss" in line]
+              for lines in (log, contract.read_log(tmp_path / "plain"))]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+    seen, losses = [], onenip.losses
+
+    def interrupted(*inputs):
+        seen.append(inputs)
+        if len(seen) == 7:  # after a checkpoint at step 4 and a test at step 6
+            raise KeyboardInterrupt
+        return losses(*inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onenip, "losses", interrupted)
+        assert command("onenip", *words, *every, "--out", tmp_path / "resumed").status == 130
+    assert command("onenip", "--resume", "--out", tmp_path / "resumed").status == 0
+    again = contract.read_log(tmp_path / "resumed")
+    assert [line for line in again if "test" in line] == tests and len(again) == len(log)
+    assert metrics_of(tmp_path / "resumed") == plain
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_killed_and_resumed_is_uninterrupted(finished, tiny_data, tmp_path, command, metrics_of):
     """SIGKILL between two checkpoints, then --resume: the numbers and the log of the run that was never interrupted."""
