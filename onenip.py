@@ -41,7 +41,12 @@ Where this file differs from the paper (P) or from the authors' code (C), and wh
      needed); --prompt-class given is C.
   7. Image label from the folder, not from the resized mask; AUROC below 0.5 is not flipped; the
      last checkpoint is the result (C keeps a copy chosen on the test set as well).
-  8. Without --textures DIR (such as DTD) the textures of the pseudo-anomalies are drawn by code.
+  8. Without --textures DIR (such as DTD) the textures of the pseudo-anomalies are drawn by code. C
+     reads them with red and blue swapped, and changes their brightness in one of imgaug's colour
+     spaces; here in HSV or YCbCr, or by the grey value.
+  9. C's total loss is half of ours, which matters to --clip alone; its layers start as copies of
+     each other, and its learning rate drops one epoch later; its refiner's BatchNorm sees the 16
+     images (8 normal, 8 synthetic) of one GPU, ours all of a step.
 
 Paper, MVTec, 224 px (v2 log in brackets): I-AUROC 97.9 (98.0), I-AP 99.3, P-AUROC 97.9 (97.9),
 P-AP 63.7 (63.9).
