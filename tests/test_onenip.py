@@ -410,7 +410,8 @@ def test_training_stream(tiny_data):
     of them over time, or always the fixed one; a texture folder is used."""
     samples = data.load(str(tiny_data)).train
     images = data.Images(samples, 64)
-    fixed = onenip.fixed_prompts(samples, 3)
+    fixed = onenip.fixed_prompts(samples, onenip.Args(seed=3))
+    assert fixed == onenip.fixed_prompts(samples, onenip.Args(prompt_seed=3)) != onenip.fixed_prompts(samples, onenip.Args())
     assert list(fixed) == sorted({s.cls for s in samples})
     assert all(samples[i].cls == cls for cls, i in fixed.items())
     args = onenip.Args(**TINY, seed=3)
@@ -488,7 +489,10 @@ def test_prompt_is_chosen_by_cosine_without_the_label():
     samples = [sample("x", "a"), sample("y", "a")]
     maps, scores = score(x, samples)
     assert [score.chosen["x.png"], score.chosen["y.png"]] == ["c", "a"]
-    assert score.selection(samples) == 0.5
+    run = score.run
+    assert onenip.selection_accuracy(run, score, samples) == 0.5
+    unknown = [sample("x", "z"), sample("y", "z")]
+    assert onenip.selection_accuracy(run, score, unknown) is None, "no accuracy is not an accuracy of 0"
     with torch.no_grad():
         s_rec = (model.decode(model.encode(x), model.encode(prompts[[2, 0]])) - x).norm(dim=1, keepdim=True)
     expected = F.interpolate(s_rec, (64, 64), mode="bilinear", align_corners=True)[:, 0]
@@ -496,9 +500,10 @@ def test_prompt_is_chosen_by_cosine_without_the_label():
     assert 0 < rest.min() and rest.max() < 1, "what is left must be the refiner's map"
 
 
-@pytest.mark.parametrize("changes, used", [(dict(prompt_class="given"), 0), (dict(prompt_test="wrong"), 1)])
+@pytest.mark.parametrize("changes, used", [(dict(prompt_class="given"), 0), (dict(prompt_test="wrong"), 1),
+                                           (dict(prompt_of="b"), 1), (dict(prompt_of="a"), 0)])
 def test_prompt_of_the_given_or_of_a_wrong_class(changes, used):
-    """Given: the true class's prompt although another is more similar; wrong: never the true class's."""
+    """Given: the true class's prompt although another is more similar; wrong: never the true class's; or a named one."""
     score, prompts, model, args = scorer(**changes)
     p = score.prompts_of(prompts[[2]], [sample("x", "a")])
     with torch.no_grad():
@@ -585,6 +590,42 @@ def test_second_run_and_evaluation_of_the_checkpoint_are_identical(finished, tin
     assert metrics_of(tmp_path / "other")["mean"] != first["mean"]
 
 
+def test_metrics_by_epoch_change_nothing_and_end_at_the_result(tiny_data, tmp_path, command, metrics_of, monkeypatch):
+    """--eval-every: the test metrics on the way are lines of the log; weights and result are those of the run without
+    it, and the last line is the result itself. An interrupted and resumed run has the same lines."""
+    words = ("--data", tiny_data, *SMALL, "--classes", "screw,capsule", "--dropout", 0.1)  # 12 images, 8 a step
+    every = ("--eval-every", 1.4, "--steps", 12)  # 3 steps
+    assert command("onenip", *words, "--out", tmp_path / "plain").status == 0
+    assert command("onenip", *words, *every, "--out", tmp_path / "run").status == 0
+    plain, result = metrics_of(tmp_path / "plain"), metrics_of(tmp_path / "run")
+    assert result == plain
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("plain", "run"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    log = contract.read_log(tmp_path / "run")
+    tests = [line for line in log if "test" in line]
+    assert [(line["step"], line["epoch"]) for line in tests] == [(3, 2), (6, 4), (9, 6), (12, 8)]
+    assert tests[-1]["test"] == result["mean"] != tests[0]["test"]
+    losses = [[line["loss"] for line in lines if "loss" in line]
+              for lines in (log, contract.read_log(tmp_path / "plain"))]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+    seen, losses = [], onenip.losses
+
+    def interrupted(*inputs):
+        seen.append(inputs)
+        if len(seen) == 7:  # after a checkpoint at step 4 and a test at step 6
+            raise KeyboardInterrupt
+        return losses(*inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onenip, "losses", interrupted)
+        assert command("onenip", *words, *every, "--out", tmp_path / "resumed").status == 130
+    assert command("onenip", "--resume", "--out", tmp_path / "resumed").status == 0
+    again = contract.read_log(tmp_path / "resumed")
+    assert [line for line in again if "test" in line] == tests and len(again) == len(log)
+    assert metrics_of(tmp_path / "resumed") == plain
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_killed_and_resumed_is_uninterrupted(finished, tiny_data, tmp_path, command, metrics_of):
     """SIGKILL between two checkpoints, then --resume: the numbers and the log of the run that was never interrupted."""
@@ -594,6 +635,45 @@ def test_killed_and_resumed_is_uninterrupted(finished, tiny_data, tmp_path, comm
 def test_predict(finished, tiny_data, tmp_path, command):
     """The method's own columns: the score as a share of the training images' 99 %, and the class of the prompt."""
     contract.check_predict(onenip, ("ratio", "prompt"), finished, tiny_data, tmp_path / "p", command)
+
+
+def test_prompts_of_another_draw_and_of_a_named_class(finished, tmp_path, command, metrics_of):
+    """Table 4d by evaluations of one checkpoint: other fixed prompts by --prompt-seed, and a class's by --prompt-of."""
+    checkpoint = finished[0] / "checkpoint.pt"
+
+    def scores(name, *words):
+        done = command("onenip", "--eval", checkpoint, "--out", tmp_path / name, *words)
+        assert done.status == 0, done.err
+        return (tmp_path / name / "scores.csv").read_text()
+
+    trained = (finished[0] / "scores.csv").read_text()
+    drawn = {seed: scores(f"seed{seed}", "--prompt-seed", seed) for seed in (0, 1, 2)}
+    assert drawn[0] == trained, "the training drew its prompts with --seed 0"
+    assert len({trained, *drawn.values()}) == 3
+    assert scores("seed", "--seed", 9) == trained
+    random = scores("random", "--prompt-test", "random")
+    assert scores("again", "--prompt-test", "random", "--prompt-seed", 0) == random
+    assert scores("other", "--prompt-test", "random", "--prompt-seed", 1) != random
+    named = scores("named", "--prompt-of", "screw").split()
+    for before, now in zip(trained.split(), named):
+        assert (before == now) == ("path" in before or "screw" in before), "screws have this prompt anyway"
+    assert metrics_of(tmp_path / "named")["setting"]["prompt"] == "dynamic, fixed, of screw"
+
+
+def test_evaluation_on_classes_that_the_model_does_not_know(tiny_data, tmp_path, command, metrics_of):
+    """Nothing is said that is not so: no accuracy of the selection, no true class's prompt; --prompt-seed gives these
+    classes prompts of their own."""
+    words = ("--data", tiny_data, *SMALL, "--steps", 1)
+    assert command("onenip", *words, "--classes", "screw,capsule", "--out", tmp_path / "run").status == 0
+    words = ("--eval", tmp_path / "run" / "checkpoint.pt", "--classes", "hex_nut,wood_planks", "--prompt-class", "given")
+    assert command("onenip", *words, "--out", tmp_path / "unknown").status == 0
+    setting = metrics_of(tmp_path / "unknown")["setting"]
+    assert setting["prompt selection accuracy"] is None
+    assert setting["prompt"] == ("dynamic, fixed, given (selected for the classes without a prompt: "
+                                 "hex_nut, wood_planks)")
+    assert command("onenip", *words, "--prompt-seed", 0, "--out", tmp_path / "drawn").status == 0
+    assert metrics_of(tmp_path / "drawn")["setting"]["prompt"] == "dynamic, fixed, given"
+    assert metrics_of(tmp_path / "drawn")["setting"]["prompt selection accuracy"] is not None
 
 
 def test_predict_compares_with_normal_images_scored_alike(finished, tmp_path, command):
@@ -679,7 +759,7 @@ def test_two_processes_follow_one_with_the_doubled_batch(tiny_data, tmp_path):
 
 
 def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, command):
-    """Twenty mistakes of users: one clear line on stderr that names the culprit, status 2, no traceback, and neither
+    """Forty mistakes of users: one clear line on stderr that names the culprit, status 2, no traceback, and neither
     a run folder nor a half-written file left behind."""
     checkpoint = finished[0] / "checkpoint.pt"
     bad = tmp_path / "bad"
@@ -702,6 +782,8 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
     Image.new("L", (16, 32), 255).save(layout("mask_size") / "nut/ground_truth/hole/0_mask.png")
     (bad / "empty").mkdir()
     torch.save({"method": "roads", "args": {}, "model": {}}, bad / "roads.pt")
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save({**state, "finished": [], "step": 4}, bad / "interrupted.pt")
     (bad / "half.pt").write_bytes(checkpoint.read_bytes()[:5000])
     (bad / "a_file").write_text("")
     (bad / "text").mkdir()
@@ -737,6 +819,14 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
         (("--predict", bad / "text" / "photo.png"), "--eval"),
         (("--eval", checkpoint, "--predict", bad / "empty"), "empty"),
         (("--eval", checkpoint, "--predict", good, "--score-scale", "test"), "--score-scale train"),
+        (("--eval", checkpoint, "--predict", good, "--prompt-test", "random"), "--prompt-test fixed"),
+        (("--eval", checkpoint, "--predict", good, "--prompt-seed", "1"), "--prompt-seed"),
+        (("--eval", checkpoint, "--prompt-test", "random", "--data", good), "no training images of capsule"),
+        (("--eval", checkpoint, "--prompt-test", "random", "--classes", "screw"), "no training images of capsule"),
+        (("--eval", checkpoint, "--prompt-of", "spoon"), "spoon"),
+        (("--eval", checkpoint, "--prompt-of", "screw", "--prompt-test", "wrong"), "--prompt-of"),
+        (("--data", tiny_data, "--classes", "screw", "--prompt-test", "wrong"), "one class only"),
+        (("--eval", bad / "interrupted.pt"), "interrupted at step 4"),
         (("--eval", checkpoint, "--predict", bad / "text" / "photo.png"), "photo.png"),
         (("--data", tiny_data, "--lr", "1e30", "--clip", "1e30"), "NaN"),
     ]
