@@ -20,6 +20,7 @@ from sklearn.metrics import roc_auc_score
 import contract
 import roads
 from common import corruptions, data, runtime
+from kernels import few_tokens
 
 CHANNELS = [16, 24, 32]  # of a small teacher; the student's widths are 32, 24, 16
 CLASSES = 3
@@ -178,6 +179,28 @@ def test_prompting_is_equations_1_to_3():
         torch.testing.assert_close(posterior[i], z_hat)
         for r, c in [(0, 0), (0, 3), (1, 2), (2, 3)]:
             torch.testing.assert_close(prompted[i, :, r, c], expected[4 * r + c])
+
+
+@pytest.mark.parametrize("few, many", [("x", "y"), ("y", "x")])
+def test_attention_that_never_projects_the_map_is_the_printed_one(few, many):
+    """Eq. 2 with all projections, head by head, in float64: the same output and the same gradients of both inputs and
+    of every parameter, whichever side the map is."""
+    block = roads.CrossAttentionBlock(16, make()[1]).double()
+    parameters = [p for name, p in block.named_parameters() if name.startswith(("to_", "norm_"))]
+    for p in parameters:
+        torch.nn.init.normal_(p, std=0.5)
+    sides = {few: torch.randn(4, 16).double().requires_grad_(), many: 3 * torch.randn(12, 16).double() + 2}
+    sides[many].requires_grad_()
+    x, y = sides["x"], sides["y"]
+    assert few_tokens.folding_pays(len(x), len(y), 16, block.heads), "or the test would compare the formula to itself"
+    folded = block.mca(x[None], y[None])[0]
+    printed = literal_attention(block, block.norm_x(x), block.norm_y(y))
+    torch.testing.assert_close(folded, printed, rtol=1e-10, atol=1e-10)
+    upstream = torch.randn_like(printed)
+    ours = torch.autograd.grad(folded, [x, y, *parameters], upstream)
+    exact = torch.autograd.grad(printed, [x, y, *parameters], upstream)
+    for a, b in zip(ours, exact):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
 def test_prompts_start_as_plain_reverse_distillation():
