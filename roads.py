@@ -99,6 +99,11 @@ class Args(Options):
         group="model",
         low=1,
     )
+    detach_selector: bool = option(
+        False,
+        "the selector's loss does not reach the bottleneck (it then mistakes classes under noise)",
+        group="model",
+    )
     adapter_backbone: str = option(
         "resnet18", "the adapter's network, up to stage 4", group="model", choices=BACKBONES
     )
@@ -253,13 +258,14 @@ class Selector(nn.Module):
     """ζ: φ (B, 2 C3, h, w) -> logits over the N classes (B, N), and ẑ0 (B, 2 C3), the mean of φ
     over its positions."""
 
-    def __init__(self, width, n_classes):
+    def __init__(self, width, n_classes, detach):
         super().__init__()
-        self.linear = nn.Linear(width, n_classes)
+        self.linear, self.detach = nn.Linear(width, n_classes), detach
 
     def forward(self, phi):
         z0 = phi.mean((2, 3))  # (B, 2 C3, h, w) -> (B, 2 C3)
-        return self.linear(z0), z0
+        read = z0.detach() if self.detach else z0
+        return self.linear(read), z0
 
 
 class PromptPool(nn.Module):
@@ -489,7 +495,7 @@ class ROADS(nn.Module):
         self.bottleneck = Bottleneck(channels, depth, args.backbone)
         self.selector = self.adapter = None
         if args.prompts:
-            self.selector = Selector(phi_width, n_classes)
+            self.selector = Selector(phi_width, n_classes, args.detach_selector)
             self.pool = PromptPool(n_classes, widths, args)
             self.promptings = nn.ModuleList(Prompting(width, args) for width in widths)
             self.classifier = nn.Linear(sum(widths) + phi_width, n_classes)

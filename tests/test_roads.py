@@ -339,6 +339,13 @@ def test_label_leak():
     assert reached == {"bottleneck", "selector"}
 
 
+def test_detached_selector_leaves_the_bottleneck_alone():
+    model, _ = make(detach_selector=True)
+    F.cross_entropy(model(teacher_maps(), pictures(), LABELS)["selector"], LABELS).backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == {"selector.linear.weight", "selector.linear.bias"}
+
+
 def test_style_loss_has_a_trivial_minimum_which_the_log_betrays():
     """A constant code costs nothing, and its variance between images is zero."""
     model, args = make()
@@ -736,7 +743,7 @@ def test_interrupted_run(finished, tiny_data, tmp_path, command, metrics_of):
     (("--no-prompts", "--mu", 0), "efficientnet_lite0", {"kd", "cs", "code_variance"}),
     (("--no-adapter",), "none", {"kd", "ce", "selector"}),
     (("--no-prompts", "--no-adapter"), "none", {"kd"}),
-    (("--adapter", "none"), "none", {"kd", "ce", "selector"}),
+    (("--adapter", "none", "--detach-selector"), "none", {"kd", "ce", "selector"}),
     (("--adapter", "instance-norm", "--distance", "location"), "instance-norm", {"kd", "ce", "selector"}),
     (("--tokens", 3, "--head-width", 8, "--ffn", 2),
      "efficientnet_lite0", {"kd", "ce", "selector", "cs", "code_variance"}),
