@@ -306,7 +306,7 @@ class CrossAttentionBlock(nn.Module):
         nn.init.zeros_(self.ffn[2].weight)
         nn.init.zeros_(self.ffn[2].bias)
 
-    def mca(self, x, y):
+    def attend(self, x, y):
         """Multi-head cross-attention of LN(x) and LN(y) (Eq. 2): -> (B, n, C).
 
         As printed, in every head with blocks W of d = C/heads rows (of W_o: columns):
@@ -325,7 +325,7 @@ class CrossAttentionBlock(nn.Module):
         return kernels.few_token_attention(x, y, *norms, *projections, self.heads)
 
     def forward(self, x, y):
-        attended = self.mca(x, y) + x
+        attended = self.attend(x, y) + x
         return self.ffn(self.norm(attended)) + x
 
 

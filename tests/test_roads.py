@@ -193,7 +193,7 @@ def test_attention_that_never_projects_the_map_is_the_printed_one(few, many):
     sides[many].requires_grad_()
     x, y = sides["x"], sides["y"]
     assert few_tokens.folding_pays(len(x), len(y), 16, block.heads), "or the test would compare the formula to itself"
-    folded = block.mca(x[None], y[None])[0]
+    folded = block.attend(x[None], y[None])[0]
     printed = literal_attention(block, block.norm_x(x), block.norm_y(y))
     torch.testing.assert_close(folded, printed, rtol=1e-10, atol=1e-10)
     upstream = torch.randn_like(printed)
@@ -284,7 +284,10 @@ def test_losses_are_equations_4_to_6(distance):
     maps, view, shifted = teacher_maps(), pictures(), pictures(seed=3)
     total, parts = roads.losses(model, maps, view, LABELS, shifted, args)
     out = model(maps, view, LABELS, shifted)
-    cos = lambda a, b: sum(a * b) / math.sqrt(sum(a * a) * sum(b * b))
+
+    def cos(a, b):
+        return sum(a * b) / math.sqrt(sum(a * a) * sum(b * b))
+
     kd = 0
     for f, rebuilt in zip(maps, out["maps"]):
         f, rebuilt = f.detach().double().numpy(), rebuilt.detach().double().numpy()
@@ -449,25 +452,32 @@ def test_operations_are_the_six_that_no_test_corruption_uses():
 def test_no_operation_is_a_test_corruption(name):
     """At all levels: flat pictures stay flat (no noise), no corruption of any severity does about the same to a picture
     (no brightness, no contrast), and what concerns edges makes them stronger (no blur)."""
-    operation = roads.OPERATIONS[name]
+
+    def apply(array, level):
+        return np.asarray(roads.OPERATIONS[name](Image.fromarray(array), level)).astype(float)
+
+    def variation(array):
+        return np.abs(np.diff(array.astype(float), axis=0)).sum()
+
     image = photo()
     for level in (0.1, 1, 3, 10):
-        apply = lambda array: np.asarray(operation(Image.fromarray(array), level)).astype(float)
         for grey in (40, 128, 220):
-            assert np.ptp(apply(np.full((8, 8, 3), grey, np.uint8)), axis=(0, 1)).max() == 0
-        changed = apply(image)
+            assert np.ptp(apply(np.full((8, 8, 3), grey, np.uint8), level), axis=(0, 1)).max() == 0
+        changed = apply(image, level)
         for other in corruptions.NAMES:
             for severity in range(1, 6):
                 shifted = corruptions.corrupt(image, other, severity).astype(float)
                 assert np.abs(changed - shifted).mean() > 2, (other, severity)
         if name == "sharpness":
-            variation = lambda a: np.abs(np.diff(a.astype(float), axis=0)).sum()
             assert variation(changed) >= variation(image)
 
 
 def test_view_is_a_function_of_its_generator():
     image = photo()
-    view = lambda *seed: roads.out_of_domain(image, np.random.default_rng(seed), 3)
+
+    def view(*seed):
+        return roads.out_of_domain(image, np.random.default_rng(seed), 3)
+
     assert view(1).shape == image.shape and view(1).dtype == np.uint8
     assert np.array_equal(view(1), view(1)) and not np.array_equal(view(1), view(2))
     assert np.mean([np.abs(view(k).astype(float) - image).mean() for k in range(20)]) > 5
