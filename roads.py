@@ -99,6 +99,11 @@ class Args(Options):
         group="model",
         low=1,
     )
+    detach_selector: bool = option(
+        False,
+        "the selector's loss does not reach the bottleneck (it then mistakes classes under noise)",
+        group="model",
+    )
     adapter_backbone: str = option(
         "resnet18", "the adapter's network, up to stage 4", group="model", choices=BACKBONES
     )
@@ -253,13 +258,14 @@ class Selector(nn.Module):
     """ζ: φ (B, 2 C3, h, w) -> logits over the N classes (B, N), and ẑ0 (B, 2 C3), the mean of φ
     over its positions."""
 
-    def __init__(self, width, n_classes):
+    def __init__(self, width, n_classes, detach):
         super().__init__()
-        self.linear = nn.Linear(width, n_classes)
+        self.linear, self.detach = nn.Linear(width, n_classes), detach
 
     def forward(self, phi):
         z0 = phi.mean((2, 3))  # (B, 2 C3, h, w) -> (B, 2 C3)
-        return self.linear(z0), z0
+        read = z0.detach() if self.detach else z0
+        return self.linear(read), z0
 
 
 class PromptPool(nn.Module):
@@ -300,19 +306,26 @@ class CrossAttentionBlock(nn.Module):
         nn.init.zeros_(self.ffn[2].weight)
         nn.init.zeros_(self.ffn[2].bias)
 
-    def mca(self, queries, memory):
-        """Multi-head cross-attention (Eq. 2): queries (B, n, C), memory (B, m, C) -> (B, n, C)."""
-        q = self.split_heads(self.to_q(queries))
-        k = self.split_heads(self.to_k(memory))
-        v = self.split_heads(self.to_v(memory))
-        out = kernels.cross_attention(q, k, v)  # softmax(q kᵀ / √d) v
-        return self.to_out(out.transpose(1, 2).flatten(2))  # (B, heads, n, C/heads) -> (B, n, C)
+    def attend(self, x, y):
+        """Multi-head cross-attention of LN(x) and LN(y) (Eq. 2): -> (B, n, C).
 
-    def split_heads(self, x):
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B,n,C) -> (B,heads,n,C/heads)
+        As printed, in every head with blocks W of d = C/heads rows (of W_o: columns):
+
+            q = LN(x) W_qᵀ,  k = LN(y) W_kᵀ,  v = LN(y) W_vᵀ
+            MCA = sum over heads of softmax(q kᵀ/√d) v W_oᵀ
+
+        One of x and y is a map of thousands of positions, the other the ten prompts. So that the
+        map is never projected, its matrices act on the prompts instead, which is the same sum:
+
+            the prompts read   softmax((q W_k) LN(y)ᵀ/√d) LN(y),  and then W_vᵀ, W_oᵀ
+            the map reads      softmax(LN(x) (k W_q)ᵀ/√d) (v W_oᵀ)
+        """
+        norms = self.norm_x, self.norm_y
+        projections = self.to_q, self.to_k, self.to_v, self.to_out
+        return kernels.few_token_attention(x, y, *norms, *projections, self.heads)
 
     def forward(self, x, y):
-        attended = self.mca(self.norm_x(x), self.norm_y(y)) + x
+        attended = self.attend(x, y) + x
         return self.ffn(self.norm(attended)) + x
 
 
@@ -482,7 +495,7 @@ class ROADS(nn.Module):
         self.bottleneck = Bottleneck(channels, depth, args.backbone)
         self.selector = self.adapter = None
         if args.prompts:
-            self.selector = Selector(phi_width, n_classes)
+            self.selector = Selector(phi_width, n_classes, args.detach_selector)
             self.pool = PromptPool(n_classes, widths, args)
             self.promptings = nn.ModuleList(Prompting(width, args) for width in widths)
             self.classifier = nn.Linear(sum(widths) + phi_width, n_classes)
