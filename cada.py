@@ -52,13 +52,15 @@ Where this file differs from the paper (P), which has no public code, or from it
      and divided by √C: at P's rate SGD diverges on features whose squared norm is large, as that of 512 channels is.
   3. Targets: u and γ of the map before smoothing, base in evaluation mode; calibration before smoothing, as C does.
      Smoothing pads with zeros, as C does, after û was subtracted: so, against what P says, calibration is not
-     order-preserving inside a class (--padding reflect). And it lowers a map's maximum, in one class more than in another, while the image score is a mean
-     of many pixels: --statistic score (not in P) takes the image score of the smoothed map for γ, so that this is what
-     is calibrated.
+     order-preserving inside a class (--padding reflect). And it lowers a map's maximum, in one class more than in
+     another, while the image score is a mean of many pixels: --statistic score (not in P) takes the image score of the
+     smoothed map for γ, so that this is what is calibrated.
   4. γ̂ - û is at least the smallest γ - u of a training image; metrics.json says how often it was not ("clamped").
   5. (u, σ), --statistic std: the head predicts û and σ̂; u + 3σ stands for γ in loss and calibration, as P's text says.
   6. RevDist and ReContrast: flattened cosine per image as in C, not per location as in reverse distillation's paper
      (--cosine location). ReContrast follows C (amsgrad, eps 1e-10, encoder's batch norm in evaluation mode).
+     UniAD's map is the mean over channels of the squared error, resized with corners not aligned, as in C (Dinomaly's
+     evaluation of UniAD); UniAD's own code takes the norm, with corners aligned.
   7. Learning rate x 0.2 at 80 % of the steps from C (UniAD: x 0.1, and its clipping at 0.1, from UniAD's code).
   8. Maps of --base-run are divided by the mean maximum of the training images, so that α and the learning rate of the
      head suit every method. Calibration undoes it; no metric depends on it.
@@ -1302,6 +1304,7 @@ def main():
     state = run.checkpoint_to_evaluate(args)
     if state:
         state = base_of_checkpoint(args, state)
+    runtime.check_normal_score(args, state, ("image_size", "smoothing", "padding", "score"))
     dataset, images = runtime.training_data(run, args)
     if args.contaminate and dataset:
         contaminate(dataset, args.contaminate, args.seed)

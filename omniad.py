@@ -36,8 +36,9 @@ Where this file differs from the paper (P) or from the authors' code (C), and wh
   3. C also adds a learned bias after the softmax, and x once more after (b). P has neither, nor does this file.
      Counts: C's model without output nets has 29,926,912 parameters (P: 29.9 M). Minus 28,672 for these biases, plus
      3,115,648 for W^O, ours has 33,013,888.
-  4. InstanceNorm (without parameters) and SiLU inside the block, nearest upsampling of the tokens (--upsample) and the
-     jitter of the bottleneck (--jitter) come from C.
+  4. From C come InstanceNorm (without parameters) and SiLU inside the block, nearest upsampling of the tokens
+     (--upsample), the jitter of the bottleneck (--jitter), its three blocks, and of the training the learning rate and
+     its drop at 80 % of the steps, weight decay, batch and clipping.
   5. Teacher maps: layers 1 to 3, as in C; P says "the last three stages".
   6. 500 epochs (P). C: 1,000 for MVTec AD and VisA, 100 for Real-IAD (--epochs).
   7. C divides the map by 9, a constant; here it is the plain sum.
@@ -502,6 +503,7 @@ def main(method="omniad"):
     run = runtime.start(args, method)
     kernels.set_backend(args.kernels)
     state = run.checkpoint_to_evaluate(args)
+    runtime.check_normal_score(args, state, ("image_size", "sigma", "score"))
     dataset, images = runtime.training_data(run, args)
     features = run.rank0_first(backbones.Pyramid, args.backbone, args.weights, args.image_size)
     features.to(run.device)

@@ -210,7 +210,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 
 import kernels
-from common import UsageError, backbones, data, metrics, report, runtime
+from common import UsageError, backbones, data, metrics, papers, report, runtime
 from common.maps import gaussian, image_score, name_of_rule
 
 # ------------------------------------------------------------------------------------------- model
@@ -863,8 +863,8 @@ def main(method="roads"):
     run = runtime.start(args, method)
     kernels.set_backend(args.kernels)
     state = run.checkpoint_to_evaluate(args)
-    if args.predict:
-        check_normal_score(state, args)
+    # (--class-at-test may differ, since the selector knows its training images)
+    runtime.check_normal_score(args, state, ("image_size", "adapter_size", "sigma"))
     dataset, images = runtime.training_data(run, args)
     class_names = state["classes"] if state else dataset.classes
     check_classes(args, dataset, class_names)
@@ -894,7 +894,7 @@ def main(method="roads"):
         score,
         setting=setting_of(args, features, model, state),
         seconds=state["seconds"],
-        paper=paper_numbers(dataset, args),
+        paper=papers.numbers("roads", args, PRESETS["paper"], dataset.name, run.world),
         extra=score.of_pass,
         pooled=score.pooled,
     )
@@ -931,24 +931,6 @@ def check_classes(args, dataset, class_names):
             )
 
 
-def check_normal_score(state, args):
-    """--predict: files must be scored as the training images were whose scores they are compared
-    with. (--class-at-test may differ, since the selector knows its training images.)"""
-    if "normal_score" not in state:
-        raise UsageError(
-            f"--predict: {args.eval} was interrupted at step {state['step']} and has no normal "
-            "score to compare with; finish the run with --resume first"
-        )
-    for name in ("image_size", "adapter_size", "sigma"):
-        before, now = state["args"][name], getattr(args, name)
-        if before != now:
-            raise UsageError(
-                f"--predict: the checkpoint's normal score was taken with "
-                f"--{name.replace('_', '-')} {before}, so it says nothing about {now}; leave "
-                "that option out"
-            )
-
-
 def setting_of(args, features, model, state):
     """What stands above the table."""
     setting = {
@@ -974,45 +956,6 @@ def setting_of(args, features, model, state):
         "image score": name_of_rule("max"),
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": state["step"],
-    }
-
-
-PAPER_MVTEC = {  # Table 1, per cent: I-AUROC, P-AUROC
-    "bottle": (100, 99.1),
-    "cable": (99.3, 99.0),
-    "capsule": (96.0, 99.1),
-    "carpet": (99.4, 99.2),
-    "grid": (100, 99.3),
-    "hazelnut": (100, 98.9),
-    "leather": (100, 99.5),
-    "metal_nut": (99.7, 98.2),
-    "pill": (96.2, 98.0),
-    "screw": (98.5, 99.6),
-    "tile": (99.2, 96.5),
-    "toothbrush": (99.2, 98.7),
-    "transistor": (96.3, 95.8),
-    "wood": (99.1, 96.0),
-    "zipper": (99.6, 98.5),
-}
-PAPER_MEANS = {
-    "mvtec": {"i_auroc": 0.9883, "p_auroc": 0.9836, "p_aupro": 0.9369},
-    "visa": {"i_auroc": 0.9542, "p_aupro": 0.9227},
-}
-
-
-def paper_numbers(dataset, args):
-    """What the paper reports for this data (None where it reports nothing, or not for these classes
-    or this size)."""
-    if dataset.name not in PAPER_MEANS or args.image_size != 256 or args.classes or args.corrupt:
-        return None
-    classes = {}
-    if dataset.name == "mvtec":
-        for name, (i_auroc, p_auroc) in PAPER_MVTEC.items():
-            classes[name] = {"i_auroc": i_auroc / 100, "p_auroc": p_auroc / 100}
-    return {
-        "source": "ROADS (WACV 2025), Tables 1, 3 and 4",
-        "classes": classes,
-        "mean": PAPER_MEANS[dataset.name],
     }
 
 

@@ -623,6 +623,30 @@ def load_model(model, state, path):
         raise UsageError(f"{path}: does not fit this model: {first[:200]}") from None
 
 
+def check_normal_score(args, state, names):
+    """--predict: files must be scored as the training images were whose scores they are compared
+    with, with the same values of the options `names`.
+
+    Raises:
+        UsageError: they changed, or the checkpoint is of an interrupted run and has no such scores.
+    """
+    if not args.predict:
+        return
+    if "normal_score" not in state:
+        raise UsageError(
+            f"--predict: {args.eval} was interrupted at step {state['step']} and has no normal "
+            "score to compare with; finish the run with --resume first"
+        )
+    for name in names:
+        before, now = state["args"][name], getattr(args, name)
+        if before != now:
+            raise UsageError(
+                f"--predict: the checkpoint's normal score was taken with "
+                f"--{name.replace('_', '-')} {before}, so it says nothing about {now}; leave "
+                "that option out"
+            )
+
+
 def write_atomic(path, content):
     """Bytes -> file, all or nothing: a temporary sibling is written, synced and renamed."""
     path = Path(path)

@@ -634,7 +634,7 @@ def test_killed_and_resumed_is_uninterrupted(finished, tiny_data, tmp_path, comm
 
 def test_predict(finished, tiny_data, tmp_path, command):
     """The method's own columns: the score as a share of the training images' 99 %, and the class of the prompt."""
-    contract.check_predict(onenip, ("ratio", "prompt"), finished, tiny_data, tmp_path / "p", command)
+    contract.check_predict(onenip, ("prompt",), finished, tiny_data, tmp_path / "p", command)
 
 
 def test_prompts_of_another_draw_and_of_a_named_class(finished, tmp_path, command, metrics_of):

@@ -633,21 +633,6 @@ def test_code_cosines():
     assert len(score.followed) == 8, "spread over all of the data"
 
 
-def test_paper_numbers():
-    """Found for the paper's own setting only; the means are those of the rows, as printed."""
-    def numbers(name, **changes):
-        dataset = data.Dataset(name=name, root=None, train=[], test=[], classes=["a"], groups={}, problems=[])
-        return roads.paper_numbers(dataset, roads.Args(**changes))
-
-    mvtec = numbers("mvtec")
-    assert set(mvtec["classes"]) == set(data.BENCHMARKS["mvtec"].counts)
-    for key in ("i_auroc", "p_auroc"):
-        assert np.mean([row[key] for row in mvtec["classes"].values()]) == pytest.approx(mvtec["mean"][key], abs=1e-4)
-    assert numbers("visa")["mean"]["p_aupro"] == 0.9227 and numbers("visa")["classes"] == {}
-    assert numbers("synth") is None and numbers("mvtec", classes="screw") is None
-    assert numbers("mvtec", image_size=320) is None and numbers("mvtec", corrupt="contrast") is None
-
-
 # ---------------------------------------------------------------------------------- the program, as a user runs it
 
 
@@ -687,7 +672,7 @@ def test_killed_and_resumed_is_uninterrupted(finished, tiny_data, tmp_path, comm
 def test_predict(finished, tiny_data, tmp_path, command):
     """The method's own columns: the score as a share of the training images' 99 %, and the class whose prompts were
     used."""
-    contract.check_predict(roads, ("ratio", "class"), finished, tiny_data, tmp_path / "p", command)
+    contract.check_predict(roads, ("class",), finished, tiny_data, tmp_path / "p", command)
     chosen = [row["class"] for row in csv.DictReader(open(tmp_path / "p" / "predictions.csv"))]
     assert set(chosen) <= set(torch.load(finished[0] / "checkpoint.pt", weights_only=True)["classes"])
 
