@@ -60,7 +60,7 @@ FEW_TOKENS = {
     "ROADS 32x32": (16, 10, 1024, 512, 16),
     "ROADS 64x64": (16, 10, 4096, 256, 8),
 }
-# sizes that no method uses, for the compiler: odd and padded heads, the window with dropout
+# sizes that no method uses, for the compiler: odd and padded heads
 ODD_ATTENTION = {
     "D = 33": (2, 2, 4, 300, 300, 33, None, 0.1),
     "D = 100": (2, 2, 4, 300, 300, 100, None, 0.1),
