@@ -24,10 +24,11 @@ def card(monkeypatch):
     """Tensors pass as a GPU's, and nothing is known of it yet."""
     monkeypatch.setattr(backend, "HAS_TRITON", True)
     monkeypatch.setattr(backend, "on_gpu", lambda tensor: True)
-    for cached in (backend.works, backend.lost):
+    caches = (backend.works, backend.lost)
+    for cached in caches:
         cached.cache_clear()
     yield
-    for cached in (backend.works, backend.lost):
+    for cached in caches:
         cached.cache_clear()
 
 
