@@ -1,7 +1,8 @@
-"""Sizes of the four methods: predicted traffic, compiled kernels, and times of the PyTorch path on a CPU.
+"""Sizes of the four methods: predicted traffic, compiled kernels, and times of the PyTorch path on
+a CPU.
 
-    python -m kernels.bench            the bytes that must move, and what the compiler makes of the kernels
-    python -m kernels.bench --cpu      times of the PyTorch path on this CPU against the published code
+    python -m kernels.bench          the bytes that must move, and what the compiler makes of all this
+    python -m kernels.bench --cpu    times of the PyTorch path on this CPU against the published code
 
 Times on a GPU: `python -m kernels.check`, which proves the kernels before it times them.
 """
@@ -60,7 +61,7 @@ FEW_TOKENS = {
     "ROADS 32x32": (16, 10, 1024, 512, 16),
     "ROADS 64x64": (16, 10, 4096, 256, 8),
 }
-# sizes that no method uses, for the compiler: odd and padded heads, the window with dropout
+# sizes that no method uses, for the compiler: odd and padded heads
 ODD_ATTENTION = {
     "D = 33": (2, 2, 4, 300, 300, 33, None, 0.1),
     "D = 100": (2, 2, 4, 300, 300, 100, None, 0.1),
@@ -77,14 +78,19 @@ def attention_traffic(shape, dtype):
     """(bytes forward, bytes forward + backward, floating-point operations forward) of one call."""
     q_batch, kv_batch, H, N, M, D, _, _ = shape
     B, e = max(q_batch, kv_batch), dtype.itemsize
-    q, kv, o, lse = q_batch * H * N * D * e, 2 * kv_batch * H * M * D * e, B * H * N * D * e, 4 * B * H * N
-    forward = q + kv + o + lse
-    backward = 2 * (q + kv) + 2 * o + lse  # read q, k, v, o, its gradient and lse; write three gradients
+    q = q_batch * H * N * D * e
+    kv = 2 * kv_batch * H * M * D * e
+    o = B * H * N * D * e
+    rows = 8 * B * H * N  # largest score and sum of each query, fp32
+    forward = q + kv + o + rows
+    # read q, k, v, o, its gradient and rows; write three gradients
+    backward = 2 * (q + kv) + 2 * o + rows
     return forward, forward + backward, 4 * B * H * N * M * D
 
 
 def few_token_traffic(shape, dtype):
-    """((bytes forward, both, operations) of tokens that read, the same of a map that reads), per call.
+    """((bytes forward, both, operations) of tokens that read, the same of a map that reads), per
+    call.
 
     The map alone: x is read once forward; backward x twice (its gradient, the tokens' gradient), dO
     likewise where the map reads, dx written. The folded tokens stay in cache.
@@ -96,7 +102,8 @@ def few_token_traffic(shape, dtype):
 
 
 def cosine_traffic(shape, dtype):
-    """(bytes of the map, bytes of the loss and its gradient, floating-point operations of the map) of one call."""
+    """(bytes of the map, bytes of the loss and its gradient, floating-point operations of the map)
+    of one call."""
     B, scales, (H, W) = shape
     numbers = B * sum(C * h * w for C, h, w in scales)
     moments = 12 * B * sum(h * w for _, h, w in scales)
@@ -129,7 +136,8 @@ def compile_attention(shape, dtype, arch):
 
 
 def compile_few_tokens(shape, dtype, arch):
-    """The kernels of both directions, forward and backward, compiled for sm_{arch}; width 512 at most."""
+    """The kernels of both directions, forward and backward, compiled for sm_{arch}; width 512 at
+    most."""
     B, tokens, positions, width, heads = shape
     x = torch.empty(B, positions, width, dtype=dtype, device="meta")
     folded = torch.empty(B, heads * tokens, width, dtype=dtype, device="meta")
@@ -162,17 +170,20 @@ def predictions(dtype):
     yield "|---|---|---|---|"
     for shapes, traffic in ((ATTENTION, attention_traffic), (COSINE, cosine_traffic)):
         for name, shape in shapes.items():
-            forward, both, operations = traffic(shape, dtype)
-            yield f"| {name} | {forward / 1e6:.2f} | {both / 1e6:.2f} | {operations / forward:.1f} |"
+            yield prediction(name, *traffic(shape, dtype))
     for name, shape in FEW_TOKENS.items():
         for who, of in zip(("prompts read", "image reads"), few_token_traffic(shape, dtype)):
-            forward, both, operations = of
-            title = f"{name}, {who}, folded, with norm and projections"
-            yield f"| {title} | {forward / 1e6:.2f} | {both / 1e6:.2f} | {operations / forward:.1f} |"
+            yield prediction(f"{name}, {who}, folded, with norm and projections", *of)
+
+
+def prediction(title, forward, both, operations):
+    megabytes = f"{forward / 1e6:.2f} | {both / 1e6:.2f}"
+    return f"| {title} | {megabytes} | {operations / forward:.1f} |"
 
 
 def compiled(dtype):
-    """Lines of a table: the most registers, stack and shared memory of any kernel, per shape, for sm_80 and sm_90."""
+    """Lines of a table: the most registers, stack and shared memory of any kernel, per shape, for
+    sm_80 and sm_90."""
     yield "| | kernels | registers, sm_80 / sm_90 | stack (spills), bytes | shared memory, bytes |"
     yield "|---|---|---|---|---|"
     families = [(ATTENTION, compile_attention), (COSINE, compile_cosine)]
@@ -181,7 +192,9 @@ def compiled(dtype):
         families.append((narrow, compile_few_tokens))
     for shapes, build in families:
         for name, shape in shapes.items():
-            used = [[aot.usage(kernel) for kernel in build(shape, dtype, arch)] for arch in aot.SHARED_LIMIT]
+            used = []
+            for arch in aot.SHARED_LIMIT:
+                used.append([aot.usage(kernel) for kernel in build(shape, dtype, arch)])
             keys = ("registers", "stack", "shared")
             most = (" / ".join(str(max(u[key] for u in one)) for one in used) for key in keys)
             yield f"| {name} | {len({u['name'] for u in used[0]})} | {' | '.join(most)} |"
@@ -193,7 +206,8 @@ def compiled(dtype):
 
 
 def best_of(functions, rounds=15):
-    """{name: least ms} of functions run in turns, so that a busy machine slows all of them alike."""
+    """{name: least ms} of functions run in turns, so that a busy machine slows all of them
+    alike."""
     best = dict.fromkeys(functions, math.inf)
     for i in range(rounds + 1):
         for name, function in functions.items():
@@ -259,7 +273,8 @@ def attention_times():
 
 
 def few_token_times():
-    """(title, times) of ROADS's reads with their norms and projections; "published" is the usual form."""
+    """(title, times) of ROADS's reads with their norms and projections; "published" is the usual
+    form."""
     for name, (_, tokens, positions, width, heads) in FEW_TOKENS.items():
         parts = [torch.nn.LayerNorm(width) for _ in range(2)]
         parts += [torch.nn.Linear(width, width) for _ in range(4)]
@@ -293,7 +308,7 @@ def main():
     parser = argparse.ArgumentParser(
         prog="python -m kernels.bench", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--cpu", action="store_true", help="time the PyTorch path on this CPU instead")
+    parser.add_argument("--cpu", action="store_true", help="time the PyTorch path on this CPU")
     if parser.parse_args().cpu:
         for text in on_cpu():
             print(text, flush=True)
@@ -305,7 +320,7 @@ def main():
         print(f"The kernels were not compiled: {reason}.")
         return
     for dtype in DTYPES:
-        print(f"Compiled for {dtype}; the most that any kernel of a forward and backward call needs:\n")
+        print(f"Compiled for {dtype}; the most that any kernel of both passes needs:\n")
         for text in compiled(dtype):
             print(text, flush=True)
         print()

@@ -1,14 +1,15 @@
 """Proves the kernels on this machine, then times them: `python -m kernels.check [--json FILE]`.
 
-Every kernel at the sizes of the four methods, forward and gradients, in each dtype and with dropout, is
-compared with the formula in float64. What agrees is timed, as GPU time and as the time the CPU needs to
-issue it: ours ("triton"), the PyTorch path that "auto" would take instead ("torch"; for attention this
-is `scaled_dot_product_attention`), the formula ("eager") and `torch.compile` of the formula. Each row
-ends in a verdict: faster, slower, wrong or fails. A file kernels/results/<card>.json makes "auto" take
-PyTorch for the rows that are slower; --json writes such a file.
+Every kernel at the sizes of the four methods, forward and gradients, in each dtype and with
+dropout, is compared with the formula in float64. What agrees is timed, as GPU time and as the time
+the CPU needs to issue it: ours ("triton"), the PyTorch path that "auto" would take instead
+("torch"; for attention this is `scaled_dot_product_attention`), the formula ("eager") and
+`torch.compile` of the formula. Each row ends in a verdict: faster, slower, wrong or fails. A file
+kernels/results/<card>.json makes "auto" take PyTorch for the rows that are slower; --json writes
+such a file.
 
-Without a GPU nothing is timed: it says what it would do, runs small cases in Triton's interpreter and
-compiles a few for an A100 and an H100.
+Without a GPU nothing is timed: it says what it would do, runs small cases in Triton's interpreter
+and compiles a few for an A100 and an H100.
 """
 
 import argparse
@@ -50,8 +51,8 @@ class Case:
 
     row: "operation shape dtype", the name by which "auto" finds the verdict. candidates: {name:
     function without arguments}. tensors: those whose gradients are compared. exact: the formula in
-    float64 on the same numbers, and its tensors. own_mask: with the dropout mask of the kernel, which
-    the other candidates do not share.
+    float64 on the same numbers, and its tensors. own_mask: with the dropout mask of the kernel,
+    which the other candidates do not share.
     """
 
     def __init__(self, row, title, candidates, tensors, exact, exact_tensors, own_mask=False):
@@ -105,7 +106,8 @@ def attention_case(name, shape, dtype, device):
 
 
 def own_mask(shape, dropout_p, device):
-    """The weights that the kernel keeps with seed 1, (B, H, N, M) bool: equal scores, one-hot values."""
+    """The weights that the kernel keeps with seed 1, (B, H, N, M) bool: equal scores, one-hot
+    values."""
     B, H, N, M, D = shape
     q, k = torch.zeros(B, H, N, D, device=device), torch.zeros(B, H, M, D, device=device)
     kept = []
@@ -128,7 +130,10 @@ def cosine_cases(name, shape, dtype, device):
     exact_teachers, exact_students = double(teachers), double(students)
     row = f"cosine {'+'.join(shape_name(s.shape) for s in students)} {dtype_name(dtype)}"
     functions = {
-        "map": (functools.partial(cosine_map, size=size), functools.partial(cosine_map_formula, size=size)),
+        "map": (
+            functools.partial(cosine_map, size=size),
+            functools.partial(cosine_map_formula, size=size),
+        ),
         "flat loss": (cosine_loss, cosine_loss_formula),
         "loss by location": (
             functools.partial(cosine_loss, flat=False),
@@ -203,13 +208,15 @@ def results(function, tensors):
 
 
 def prove(case, dtype, which="triton"):
-    """Raise AssertionError unless a candidate gives what the formula gives in float64, gradients too."""
+    """Raise AssertionError unless a candidate gives what the formula gives in float64, gradients
+    too."""
     expected = results(case.exact, case.exact_tensors)
     compare(results(case.candidates[which], case.tensors), expected, dtype)
 
 
 def times(function, tensors):
-    """{"gpu": median ms, "host": ms until the CPU has issued it} of forward and backward together."""
+    """{"gpu": median ms, "host": ms until the CPU has issued it} of forward and backward
+    together."""
     from triton.testing import do_bench
 
     run = functools.partial(results, function, tensors)
@@ -328,7 +335,8 @@ def without_gpu(file):
     print("Compiled:", flush=True)
     spilled = False
     for arch in aot.SHARED_LIMIT:
-        kernels = bench.compile_attention(bench.ATTENTION["ROADS 64x64, image reads"], torch.float16, arch)
+        shape = bench.ATTENTION["ROADS 64x64, image reads"]
+        kernels = bench.compile_attention(shape, torch.float16, arch)
         kernels += bench.compile_cosine(next(iter(bench.COSINE.values())), torch.float16, arch)
         for kernel in kernels:
             used = aot.usage(kernel)
@@ -345,7 +353,7 @@ def main():
     parser = argparse.ArgumentParser(
         prog="python -m kernels.check", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file")
     file = parser.parse_args().json
     file = file.absolute() if file else None
     if not torch.cuda.is_available() and not INTERPRET:
