@@ -288,18 +288,18 @@ def _called(names, folder):
 
 def _own(folder):
     """A folder of somebody's own, in whichever layout. Returns a `Source`; raises `UsageError` if none fits."""
-    name, notes = name_of(folder), Notes()
+    name, cls, notes = name_of(folder), _class_of(folder), Notes()
     readers = _open_classes(folder, notes)
     if readers:
         return Source(name, folder, readers, "CLASS/train and CLASS/test", notes)
     if _child(folder, TRAIN) or _child(folder, TEST):
-        readers = {name: partial(_read_class, folder, False)}
+        readers = {cls: partial(_read_class, folder, False)}
         return Source(name, folder, readers, "one class: train and test")
     if any(is_normal(path) for path in folders(folder)):
-        readers = {name: partial(_read_good, folder)}
+        readers = {cls: partial(_read_good, folder)}
         return Source(name, folder, readers, "one class: a folder of good images")
     if images_in(folder):
-        readers = {name: partial(_read_good, folder)}
+        readers = {cls: partial(_read_good, folder)}
         return Source(name, folder, readers, "one class: all images directly in it are good")
     notes = Notes()  # without those of the layout that did not fit
     for path in folders(folder):
@@ -311,6 +311,14 @@ def _own(folder):
         return Source(name, folder, readers, "CLASS/good, or good images directly in CLASS", notes)
     raise UsageError(f"--data {folder}: no class in it; expected CLASS/train/good and CLASS/test/DEFECT, "
                      f"or good images only in CLASS; found {contents(folder)}")
+
+
+def _class_of(folder):
+    """What the only class of a folder is called: nut/train/good holds nuts."""
+    for name in reversed(Path(os.path.abspath(folder)).parts):
+        if _plain(name) not in (*NORMAL, *TRAIN, ""):
+            return name
+    return name_of(folder)
 
 
 def _note_left_out(path, notes):

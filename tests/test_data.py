@@ -384,7 +384,7 @@ def test_unusable_sets_are_refused(tmp_path):
     assert "same data set twice" in told("mine+mine", tmp_path)
     assert "neither a folder nor one of synth, mvtec" in told("mvtecc", tmp_path)
     assert "neither a folder" in told("", tmp_path)
-    assert "'good' has no test images" in told(str(root / "nut/train/good"))
+    assert "'nut' has no test images" in told(str(root / "nut/train/good"))
     assert "found" in told(str(touch(tmp_path / "texts/a/b.txt").parent.parent))
     assert "empty" in told(str(touch(tmp_path / "empty/.x").parent))
     shutil.rmtree(root / "nut/train/good")

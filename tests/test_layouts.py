@@ -199,6 +199,16 @@ def test_training_without_a_test_set(tmp_path, places, classes, said):
         data.load(str(tmp_path / "mine"))
 
 
+@pytest.mark.parametrize("place", ["nut/train/good", "nut/train", "nut/Good", "nut"])
+def test_the_class_is_not_called_good(tmp_path, monkeypatch, place):
+    """Protects tables and predictions: a folder deep in a data set is called by what lies in it, not "good"."""
+    save(tmp_path / "nut/train/good/0.png")
+    save(tmp_path / "nut/Good/0.png")
+    assert data.load(str(tmp_path / place), need_test=False).classes == ["nut"]
+    monkeypatch.chdir(tmp_path / place)
+    assert data.load(".", need_test=False).classes == ["nut"]
+
+
 def test_some_classes_without_a_test_set(tmp_path):
     """Protects a mixture: classes with test images keep them, the others are trained on."""
     fill(tmp_path / "nut")
