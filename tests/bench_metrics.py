@@ -25,7 +25,7 @@ try:
                                     threshold_aupro)
 except ImportError as error:
     raise SystemExit(f"bench_metrics: {error}. Run it as `python -m tests.bench_metrics` from the repository's folder, "
-                     "with `pip install -r requirements-dev.txt`")
+                     "with `pip install -r requirements-dev.txt`") from None
 
 
 def resident(which):
