@@ -534,10 +534,10 @@ def wood_planks(rng, size, fault="", dice=None):
     w = 2.5 * x + 10 + rng.uniform(-0.5, 0.5)  # one unit per board
     p = np.floor(w).astype(int)
     table = rng.uniform(0, 1, (6, 20)).astype(np.float32)
-    l = y / 1.5 + 10 + table[0, p]  # one unit per length of board
-    q = np.floor(l).astype(int)
+    lengths = y / 1.5 + 10 + table[0, p]  # one unit per length of board
+    q = np.floor(lengths).astype(int)
     fw = w - p - 0.5
-    fl = l - q - 0.5
+    fl = lengths - q - 0.5
     own = (7 * p + 3 * q) % 20  # which row of the table tells this board's tone and grain
     gap = 0.018 * np.ones_like(x)  # half the width of the gap between boards
     if fault == "shifted_plank":
