@@ -1,10 +1,10 @@
-"""The evaluation that all methods share, and what it leaves behind: tables, metrics.json, scores.csv, pictures.
+"""The evaluation that all methods share: tables, metrics.json, scores.csv, pictures.
 
-A script gives a function `score(images, samples) -> (maps, scores)`; everything after that is here, but for
-`prediction.py` (--predict), `pictures.py` (drawing) and `pages.py` (HTML).
+A script gives a function `score(images, samples) -> (maps, scores)`; everything after that is here,
+but for `prediction.py` (--predict), `pictures.py` (drawing) and `pages.py` (HTML).
 
-    python -m common.report RUN              RUN/run.html: misses and false alarms, the table, the pictures
-    python -m common.report RUN RUN ...      compare.html: the same images as each run sees them
+    python -m common.report RUN          RUN/run.html: misses and false alarms, table, pictures
+    python -m common.report RUN RUN ...  compare.html: the same images as each run sees them
 """
 
 import argparse
@@ -24,15 +24,15 @@ from common.pages import percent
 from common.pictures import distributions
 from common.prediction import predict
 
-__all__ = ["COLUMNS", "corruption", "distributions", "evaluate", "measure", "normal_score", "percent",
-           "predict", "shifts"]
+__all__ = ["COLUMNS", "corruption", "distributions", "evaluate", "measure", "normal_score",
+           "percent", "predict", "shifts"]
 
 COLUMNS = {"i_auroc": "I-AUROC", "i_ap": "I-AP", "i_f1max": "I-F1max", "p_auroc": "P-AUROC",
            "p_ap": "P-AP", "p_f1max": "P-F1max", "p_aupro": "P-AUPRO", "mad": "mAD"}
 COMPARED = ("i_auroc", "i_ap", "p_auroc", "p_ap")  # columns of `compare_table`
 
 
-# ------------------------------------------------------------------------------------------- one pass
+# ----------------------------------------------------------------------------------------- one pass
 
 
 @dataclass
@@ -98,8 +98,8 @@ def _numpy(tensor):
 
 
 def _accumulate(accumulator, batch, masks):
-    """Count a batch. A defective image without a mask (some data sets have them) counts for the image metrics only:
-    its pixels are unknown, so an empty map stands for it."""
+    """Count a batch. A defective image without a mask (some data sets have them) counts for the
+    image metrics only: its pixels are unknown, so an empty map stands for it."""
     known_maps, known_masks = [], []
     for sample, values, mask in zip(batch.samples, batch.maps, masks):
         unknown = sample.label and sample.mask is None
@@ -125,7 +125,7 @@ def _in_order(rows, samples):
 
 
 def normal_score(run, args, score, samples, images=None):
-    """The 99 % quantile of the image scores of up to 256 training images: what --predict compares with.
+    """What --predict compares with: the 99 % quantile of the scores of up to 256 training images.
 
     samples: the training images. images: their pixels, `data.Images`; None if `score` needs none.
     """
@@ -141,7 +141,7 @@ def normal_score(run, args, score, samples, images=None):
     return torch.cat(found).quantile(0.99).item()
 
 
-# ------------------------------------------------------------------------------------- the evaluation
+# ----------------------------------------------------------------------------------- the evaluation
 
 
 def evaluate(run, args, dataset, score, *, setting, seconds, paper=None, extra=None, pooled=None,
@@ -149,14 +149,19 @@ def evaluate(run, args, dataset, score, *, setting, seconds, paper=None, extra=N
     """The evaluation of a trained model: metrics, tables, files.
 
     Args:
-        score: (images (B, 3, S, S) uint8 on the run's device, their B samples) -> (maps (B, S, S), scores (B,)),
-            float tensors; must not depend on what else is in the batch.
-        setting: {name: value}, printed above the table and kept in metrics.json (size, smoothing, image-score rule...).
+        score: (images (B, 3, S, S) uint8 on the run's device, their B samples) -> (maps (B, S, S),
+            scores (B,)), float tensors; must not depend on what else is in the batch.
+        setting: {name: value}, printed above the table and kept in metrics.json (size, smoothing,
+            image-score rule...).
         seconds: of the training.
-        paper: {"source": str, "classes": {name: {metric: fraction}}, "mean": {...}, "mixed": {...}, ...} or None.
-        extra: called after each pass over the test images; its dict joins that pass's "setting" in metrics.json.
-        pooled: (images) -> (B, C), one feature vector per image, kept beside the maps by --save-maps; or None.
-        compare: {name: report of `measure`}: what stands beside this result in a second table; or None.
+        paper: {"source": str, "classes": {name: {metric: fraction}}, "mean": {...}, "mixed": {...},
+            ...} or None.
+        extra: called after each pass over the test images; its dict joins that pass's "setting" in
+            metrics.json.
+        pooled: (images) -> (B, C), one feature vector per image, kept beside the maps by
+            --save-maps; or None.
+        compare: {name: report of `measure`}: what stands beside this result in a second table; or
+            None.
     Returns:
         The content of metrics.json.
     """
@@ -235,11 +240,12 @@ def shifts(args):
     return [(name, severity) for name in corruptions.NAMES for severity in severities]
 
 
-# --------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def table(result):
-    """The seven metrics in per cent: classes, their mean (model-unified), all in one pool (absolute-unified)."""
+    """The seven metrics in per cent: classes, their mean (model-unified), all in one pool
+    (absolute-unified)."""
     paper = result["paper"] or {}
     width = max(12, *(len(name) + 2 for name in result["classes"]))
     lines = []
@@ -266,7 +272,8 @@ def _row(name, width, values, keys):
 
 
 def compare_table(result):
-    """Several results one below the other: means over classes (model-unified) and the pool (absolute-unified)."""
+    """Several results one below the other: means over classes (model-unified) and the pool
+    (absolute-unified)."""
     if "compare" not in result:
         return ""
     results = {**result["compare"], "this result": result}
@@ -280,9 +287,9 @@ def compare_table(result):
 
 
 def shift_table(result):
-    """A table of conditions, at severity 3: I-AUROC/P-AUROC of the clean test images, then I-AUROC/P-AUPRO of each
-    condition, class by class; what the method itself reports on each; P-AUPRO in and out of distribution, the latter
-    as the mean over the shifts."""
+    """A table of conditions, at severity 3: I-AUROC/P-AUROC of the clean test images, then
+    I-AUROC/P-AUPRO of each condition, class by class; what the method itself reports on each;
+    P-AUPRO in and out of distribution, the latter as the mean over the shifts."""
     if "shift" not in result:
         return ""
     conditions = {"clean": result}
@@ -321,7 +328,7 @@ def _text(value):
     return "-" if value is None else str(value)
 
 
-# ---------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def _write_csv(path, header, rows):
@@ -334,8 +341,8 @@ def _write_csv(path, header, rows):
 
 
 def _save_maps(run, args, dataset, score, pooled, kept):
-    """--save-maps: maps/CLASS.npz of the test images (`kept`), maps/train/CLASS.npz of the training images, which are
-    scored for it: what a method that works on the maps of a run needs."""
+    """--save-maps: maps/CLASS.npz of the test images (`kept`), and maps/train/CLASS.npz of the
+    training images, which are scored for it. A method that works on maps needs both."""
     for cls in dataset.classes:
         if run.is_rank0:
             of_class = [row for row in kept if row[1].cls == cls]
@@ -366,12 +373,13 @@ def _save_class(folder, cls, rows):
     runtime.write_atomic(folder / f"{cls}.npz", buffer.getbuffer())
 
 
-# ------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def _draw_classes(run, args, dataset, rows, score, corrupt):
-    """pictures/CLASS.png: input, truth, map and overlay of the images that `_chosen` names (one colour scale per
-    class), above the histogram of the class's scores; pictures/overview.png: the median defective image of each."""
+    """pictures/CLASS.png: input, truth, map and overlay of the images that `_chosen` names (one
+    colour scale per class), above the histogram of the class's scores; pictures/overview.png: the
+    median defective image of each."""
     folder = run.out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     sample_of = {str(sample.image): sample for sample in dataset.test}
@@ -415,8 +423,8 @@ def _by_score(rows, cls, label):
 
 
 def _chosen(good, bad):
-    """[(what, row)]: the defective images with the highest, the median and the lowest score, the good one with the
-    highest; as far as there are any."""
+    """[(what, row)]: the defective images with the highest, the median and the lowest score, the
+    good one with the highest; as far as there are any."""
     chosen = []
     if bad:
         chosen += [("highest score", bad[-1]), ("median", bad[len(bad) // 2])]
@@ -427,7 +435,7 @@ def _chosen(good, bad):
 
 
 def _curves(result):
-    """For `pictures.curves`: mean I-AUROC and P-AUPRO against the severity, one line per corruption."""
+    """For `pictures.curves`: mean I-AUROC and P-AUPRO against the severity of each corruption."""
     panels = {}
     for key in ("i_auroc", "p_aupro"):
         lines = {}
@@ -438,12 +446,12 @@ def _curves(result):
     return panels
 
 
-# --------------------------------------------------------------------------- python -m common.report
+# -------------------------------------------------------------------------- python -m common.report
 
 
 def main(argv=None):
     """Write the page of one run, or of several side by side. Returns the exit status."""
-    parser = argparse.ArgumentParser("python -m common.report", description="A page to look through.")
+    parser = argparse.ArgumentParser("python -m common.report", description="A page of runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--out", metavar="FILE",
                         help="the page (default: RUN/run.html; of several runs: compare.html here)")
