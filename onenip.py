@@ -283,6 +283,7 @@ class Attention(nn.Module):
         k = self.split_heads(self.to_k(key))
         v = self.split_heads(self.to_v(value))
         dropout = self.dropout if self.training else 0.0
+        # Eq. 1, softmax(Q Kᵀ / √d) V
         out = kernels.cross_attention(q, k, v, window=window, dropout_p=dropout)
         return self.to_out(out.transpose(1, 2).flatten(2))  # (B, heads, N, D/heads) -> (B, N, D)
 
@@ -499,10 +500,10 @@ class OneNIP(nn.Module):
         reconstructed, restored = reconstruction[: len(normal)], None
         if synthetic is not None:
             restored = reconstruction[len(normal) :]
-        mask = None
+        predicted = None
         if self.refiner is not None:
-            mask = mask_of(self.refine(reconstruction, both), self.image_size)
-        return reconstructed, restored, mask
+            predicted = mask_of(self.refine(reconstruction, both), self.image_size)
+        return reconstructed, restored, predicted
 
 
 def resize(maps, size):
@@ -942,7 +943,8 @@ def training_statistics(args, run, frozen, features, model, stream, contents):
     """
     classes = contents["classes"]
     count = min(256, len(stream.cls))
-    errors, logits, s_rec = [], [], []  # of each batch
+    errors, all_logits = [], []  # of each batch of normal images
+    extremes = []  # of every batch's S_rec
     encoded = encoded_prompts(run, model, run.to_device(contents["prompts"]))
     for first in run.progress(range(0, count, args.batch_size), "training statistics"):
         last = min(first + args.batch_size, count)
@@ -953,23 +955,27 @@ def training_statistics(args, run, frozen, features, model, stream, contents):
         p = None
         if encoded is not None:
             p = encoded[[classes.index(stream.cls[i]) for i in indices]]
-        error, logit = reconstruct(run, model, frozen(batch), p)
+        error, logits = reconstruct(run, model, frozen(batch), p)
         errors.append(error)
-        logits.append(logit)
-        s_rec.append(resize(error, args.image_size))
+        all_logits.append(logits)
+        extremes += extremes_of(error, args)
         if stream.synthetic:
             made = [stream.pseudo_anomaly(i, number) for i, number in zip(indices, numbers)]
             pictures = torch.stack([image for image, _ in made])  # (B, 3, S, S)
             x = features(run.to_device(pictures))
             error, _ = reconstruct(run, model, x, p)
-            s_rec.append(resize(error, args.image_size))
-    highest = max(maps.max().item() for maps in s_rec)
-    lowest = min(maps.min().item() for maps in s_rec)
+            extremes += extremes_of(error, args)
     return {
-        "scale": (highest + lowest) / 2,
+        "scale": (max(extremes) + min(extremes)) / 2,
         "normal_errors": torch.cat(errors).cpu(),
-        "normal_logits": torch.cat(logits).cpu() if args.refiner else None,
+        "normal_logits": torch.cat(all_logits).cpu() if args.refiner else None,
     }
+
+
+def extremes_of(error, args):
+    """Lowest and highest value of S_rec, from what `reconstruct` gave."""
+    s_rec = resize(error, args.image_size)
+    return [s_rec.min().item(), s_rec.max().item()]
 
 
 # ----------------------------------------------------------------------------------------- scoring
@@ -992,7 +998,7 @@ def reconstruct(run, model, x, p):
     """
     with run.autocast():
         reconstruction = model.decode(model.encode(x), p).float()
-        error = (reconstruction - x).norm(dim=1, keepdim=True)  # of S_rec
+        error = (reconstruction - x).norm(dim=1, keepdim=True)  # Eq. 9, not yet resized
         logits = None
         if model.refiner is not None:
             logits = model.refine(reconstruction, x)
@@ -1001,7 +1007,7 @@ def reconstruct(run, model, x, p):
 
 def combine(error, logits, scale, args):
     """What `reconstruct` gave -> S (B, S, S) and its image scores (B,). `scale`: c (departure 4)."""
-    s_rec = resize(error, args.image_size).squeeze(1)  # (B, 1, h, w) -> (B, S, S)
+    s_rec = resize(error, args.image_size).squeeze(1)  # Eq. 9: (B, 1, h, w) -> (B, S, S)
     s = s_rec
     if logits is not None:
         mask = mask_of(logits, args.image_size)
@@ -1129,8 +1135,7 @@ def scale_of_test_set(args, run, score, dataset):
         part = samples[first : first + args.batch_size]
         batch = torch.stack([images[first + i] for i in range(len(part))])
         error, _ = score.reconstruct(run.to_device(batch), part)
-        s_rec = resize(error, args.image_size)
-        extremes += [s_rec.min().item(), s_rec.max().item()]
+        extremes += extremes_of(error, args)
     extremes = run.gather(extremes)
     return (max(extremes) + min(extremes)) / 2
 
