@@ -5,6 +5,7 @@
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def check_files(finished, method):
     """
     out, done = finished
     result = json.loads((out / "metrics.json").read_text())
-    assert set(result) - {"shift", "compare"} == {"method", "data", "setting", "classes", "mean", "mixed", "paper",
+    assert set(result) - {"shift", "compare", "problems"} == {"method", "data", "setting", "classes", "mean", "mixed", "paper",
                                                   "images", "seconds", "versions", "seed", "commit"}
     assert result["method"] == method and result["images"] == 8 * 7 and result["paper"] is None
     assert len(result["classes"]) == 8
@@ -105,6 +106,30 @@ def check_predict(script, columns, finished, tiny_data, out, command):
     assert [bool(row["score"]) for row in written] == [bool(not row["reason"]) for row in written]
     assert [row["path"] for row in written if row["reason"]] == [str(broken)]
     assert len(list((out / "pictures").rglob("*.png"))) == 7 and (out / "predictions.html").is_file()
+
+
+def check_good_images_only(script, words, tiny_data, folder, command):
+    """A folder of nothing but good images: trained but for those held out, whose scores set the threshold; then
+    pictures are predicted. words: of a small run, without its data."""
+    home = folder / "mine"
+    shutil.copytree(tiny_data / "screw" / "train" / "good", home / "screws")
+    done = command(script.__name__, *words, "--data", home, "--out", folder / "run")
+    assert done.status == 0, done.err
+    assert done.err == "" and str(home) in done.out.splitlines()[0] and "--predict" in done.out.splitlines()[-1]
+    assert not (folder / "run" / "metrics.json").exists()
+    found = json.loads((folder / "run" / "threshold.json").read_text())
+    rows = list(csv.DictReader(open(folder / "run" / "scores.csv")))
+    assert found["held out"] == len(rows) == 1 and found["method"] == script.__name__
+    checkpoint = folder / "run" / "checkpoint.pt"
+    assert torch.load(checkpoint, weights_only=True)["normal_score"] == found["threshold"] == float(rows[0]["score"])
+    done = command(script.__name__, "--eval", checkpoint, "--predict", rows[0]["path"], home, "--out", folder / "p")
+    assert done.status == 0, done.err
+    first = next(csv.DictReader(open(folder / "p" / "predictions.csv")))
+    assert first["path"] == rows[0]["path"] and float(first["score"]) == pytest.approx(found["threshold"], rel=1e-4)
+    refused = command(script.__name__, *words, "--data", home, "--out", folder / "run")
+    assert refused.status == 2 and "a finished run" in refused.err
+    refused = command(script.__name__, *words, "--data", home, "--out", folder / "q", "--shift", "all")
+    assert refused.status == 2 and "--shift needs test images" in refused.err
 
 
 def check_features_on_the_fly(script, words, folder, command):
