@@ -233,7 +233,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 import kernels
-from common import backbones, data, report, runtime
+from common import backbones, data, papers, report, runtime
 from common.maps import box, image_score
 
 # ------------------------------------------------------------------------------------------- model
@@ -1180,7 +1180,7 @@ def main():
         score,
         setting=setting_of(args, features, model, state, dataset),
         seconds=state["seconds"],
-        paper=paper_numbers(dataset, args),
+        paper=papers.numbers("onenip", args, PRESETS["paper"], dataset.name, run.world),
         extra=accuracy,
         pooled=score.pooled,
     )
@@ -1279,61 +1279,6 @@ def setting_of(args, features, model, state, dataset):
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": state["step"],
     }
-
-
-# The paper's numbers in per cent, for the column beside ours: I-AUROC, I-AP (Table 6), P-AUROC, P-AP (Table 5), 224 px.
-PAPER_CLASSES = """
-mvtec  bottle 100 100 98.5 81.6   cable 99.0 99.4 98.2 67.5   capsule 91.1 97.8 98.6 49.9   hazelnut 100 100 98.7 70.2
-       metal_nut 99.8 100 96.5 74.1   pill 96.9 99.5 96.0 47.6   screw 91.4 96.6 98.9 39.8
-       toothbrush 93.3 97.3 98.8 53.4
-       transistor 99.8 99.7 98.8 84.1   zipper 99.0 99.7 97.6 59.1   carpet 99.9 100 99.0 69.5
-       grid 99.0 99.7 98.4 45.6
-       leather 100 100 99.6 71.7   tile 100 100 95.3 76.6   wood 98.8 99.6 94.9 65.3
-btad   01 98.8 99.6 97.3 58.7   02 79.0 96.5 95.2 46.9   03 100 99.5 99.8 64.7
-visa   candle 96.8 97.1 99.2 33.7   capsules 79.0 89.0 98.4 55.6   cashew 93.7 96.7 99.2 74.6
-       chewinggum 99.3 99.7 99.1 61.1   fryum 86.9 93.8 97.7 49.5   macaroni1 91.9 91.6 99.2 21.3
-       macaroni2 84.1 86.5 97.9 7.6   pcb1 95.8 94.8 99.6 70.0   pcb2 94.1 94.6 98.1 11.0   pcb3 91.9 92.6 98.2 17.7
-       pcb4 99.5 99.5 98.1 41.6   pipe_fryum 97.3 98.5 99.5 76.5
-"""
-PAPER_MEANS = {  # Tables 1 and 3: (data, image size); Table 2: one model for 30 classes
-    ("mvtec", 224): (97.9, 99.3, 97.9, 63.7),
-    ("mvtec", 256): (97.6, 99.2, 97.8, 64.7),
-    ("mvtec", 320): (97.9, 99.3, 97.9, 65.9),
-    ("btad", 224): (92.6, 98.5, 97.4, 56.8),
-    ("btad", 256): (94.9, 99.0, 97.6, 57.0),
-    ("btad", 320): (95.3, 98.9, 97.8, 57.6),
-    ("visa", 224): (92.5, 94.5, 98.7, 43.3),
-    ("visa", 256): (93.3, 94.3, 98.8, 44.1),
-    ("visa", 320): (94.2, 95.7, 98.8, 46.1),
-    ("btad+mvtec+visa", 224): (94.5, 96.8, 98.0, 52.4),
-}
-PAPER_JOINED = {"mvtec": (97.1, 99.0, 97.6, 61.1), "btad": (92.0, 97.5, 97.9, 59.0), "visa": (91.9, 93.9, 98.6, 40.6)}
-
-
-def named(values):
-    """Four numbers in per cent -> {metric: fraction}."""
-    keys = "i_auroc", "i_ap", "p_auroc", "p_ap"
-    return {key: float(value) / 100 for key, value in zip(keys, values)}
-
-
-def paper_numbers(dataset, args):
-    """What the paper reports for this data and size (None where it reports nothing, or not for these classes)."""
-    joined = "+".join(sorted(dataset.name.split("+")))
-    if (joined, args.image_size) not in PAPER_MEANS or args.classes or args.corrupt:
-        return None
-    found = {"source": "OneNIP (ECCV 2024), Tables 1, 2, 3, 5 and 6"}
-    found["mean"] = named(PAPER_MEANS[joined, args.image_size])
-    if "+" in joined:
-        found["datasets"] = {name: named(values) for name, values in PAPER_JOINED.items()}
-    elif args.image_size == 224:
-        words = PAPER_CLASSES.split()
-        at = words.index(joined) + 1
-        found["classes"] = {}
-        for _ in dataset.classes:  # a name and four numbers each
-            name, *values = words[at:at + 5]
-            found["classes"][name] = named(values)
-            at += 5
-    return found
 
 
 if __name__ == "__main__":

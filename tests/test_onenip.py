@@ -543,26 +543,6 @@ def test_score_of_an_image_does_not_depend_on_its_batch():
     torch.testing.assert_close(together, alone)
 
 
-def test_paper_numbers():
-    """The column of the paper: found for its own settings only, per class, with the printed means within rounding."""
-    def numbers(name, names, **changes):
-        dataset = data.Dataset(name=name, root=None, train=[], test=[], classes=names, groups={}, problems=[])
-        return onenip.paper_numbers(dataset, onenip.Args(**changes))
-
-    names = ("bottle cable capsule carpet grid hazelnut leather metal_nut pill screw tile toothbrush transistor wood "
-             "zipper").split()
-    found = numbers("mvtec", names)
-    assert sorted(found["classes"]) == names and found["mean"]["p_ap"] == 0.637
-    assert found["classes"]["screw"] == pytest.approx(dict(i_auroc=.914, i_ap=.966, p_auroc=.989, p_ap=.398))
-    for key, tolerance in (("i_auroc", 0.0006), ("p_auroc", 0.0006), ("p_ap", 0.0006)):
-        values = [row[key] for row in found["classes"].values()]
-        assert np.mean(values) == pytest.approx(found["mean"][key], abs=tolerance)
-    assert len(numbers("visa", ["x"] * 12)["classes"]) == 12 and len(numbers("btad", ["x"] * 3)["classes"]) == 3
-    assert "classes" not in numbers("mvtec", names, image_size=320)
-    assert numbers("mvtec+btad+visa", names)["datasets"]["btad"]["p_ap"] == 0.59
-    assert numbers("synth", ["a"]) is None and numbers("mvtec", ["screw"], classes="screw") is None
-
-
 # ---------------------------------------------------------------------------------- the program, as a user runs it
 
 
