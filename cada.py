@@ -871,11 +871,6 @@ class Trained:
             targets, rebuilt, phi = self.model.eval()(maps, images)
         return self.model.anomaly_map(targets, rebuilt, self.args.image_size), phi.float()
 
-    def pooled(self, images):
-        """φ averaged over its positions, (B, 3, S, S) -> (B, C): what --save-maps keeps."""
-        _, phi = self(images, None)
-        return phi.mean((2, 3))
-
 
 class Recorded:
     """--base-run: a finished run of any script as such a function, from the maps and pooled
@@ -1096,10 +1091,19 @@ class Scorer:
         return found
 
     def __call__(self, images, samples):
-        maps, u_hat, gamma_hat, chosen = self.estimate(images, samples)
+        return self.calibrated(samples, *self.estimate(images, samples))
+
+    def calibrated(self, samples, maps, u_hat, gamma_hat, chosen):
         self.see(samples, maps, u_hat, gamma_hat, chosen)
         maps = calibrate(maps, u_hat, gamma_hat, self.calibration.floor)
         return smoothed(maps, self.args)
+
+    @torch.no_grad()
+    def described(self, images, samples):
+        """The same, and φ averaged over its positions, (B, C): what --save-maps keeps."""
+        maps, phi = self.base(images, samples)
+        found = self.calibrated(samples, maps, *self.calibration(phi, samples))
+        return *found, phi.mean((2, 3))
 
     def plain(self, images, samples):
         """The same without calibration."""
@@ -1486,7 +1490,7 @@ def evaluate(args, run, base, calibration, state, dataset):
         seconds=state["seconds"],
         paper=papers.numbers("cada", args, RECIPES[args.base]["paper"], dataset.name, run.world),
         extra=after_pass,
-        pooled=base.pooled if isinstance(base, Trained) else None,
+        described=score.described if isinstance(base, Trained) else None,
         compare={"without calibration": plain.rep} if plain else None,
     )
     if run.is_rank0:

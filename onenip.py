@@ -955,7 +955,7 @@ def training_statistics(args, run, frozen, features, model, stream, contents):
         p = None
         if encoded is not None:
             p = encoded[[classes.index(stream.cls[i]) for i in indices]]
-        error, logits = reconstruct(run, model, frozen(batch), p)
+        error, logits, _ = reconstruct(run, model, frozen(batch), p)
         errors.append(error)
         all_logits.append(logits)
         extremes += extremes_of(error, args)
@@ -963,7 +963,7 @@ def training_statistics(args, run, frozen, features, model, stream, contents):
             made = [stream.pseudo_anomaly(i, number) for i, number in zip(indices, numbers)]
             pictures = torch.stack([image for image, _ in made])  # (B, 3, S, S)
             x = features(run.to_device(pictures))
-            error, _ = reconstruct(run, model, x, p)
+            error, _, _ = reconstruct(run, model, x, p)
             extremes += extremes_of(error, args)
     return {
         "scale": (max(extremes) + min(extremes)) / 2,
@@ -994,15 +994,17 @@ def encoded_prompts(run, model, prompts):
 def reconstruct(run, model, x, p):
     """Features x (B, C, h, w), with encoded prompts p (B, N, D) or None, as the model sees them.
 
-    Returns ||F̂ - F||₂ (B, 1, h, w) and the logits of M̂ (B, 1, 4h, 4w), None without a refiner.
+    Returns ||F̂ - F||₂ (B, 1, h, w), the logits of M̂ (B, 1, 4h, 4w), None without a refiner, and the
+    encoded features (B, N, D).
     """
     with run.autocast():
-        reconstruction = model.decode(model.encode(x), p).float()
+        tokens = model.encode(x)
+        reconstruction = model.decode(tokens, p).float()
         error = (reconstruction - x).norm(dim=1, keepdim=True)  # Eq. 9, not yet resized
         logits = None
         if model.refiner is not None:
             logits = model.refine(reconstruction, x)
-    return error, logits
+    return error, logits, tokens
 
 
 def combine(error, logits, scale, args):
@@ -1049,21 +1051,19 @@ class Scorer:
                     self.members[sample.cls].append(i)
 
     def __call__(self, images, samples):
-        error, logits = self.reconstruct(images, samples)
-        return combine(error, logits, self.scale, self.args)
+        anomaly, scores, _ = self.described(images, samples)
+        return anomaly, scores
+
+    def described(self, images, samples):
+        """The same, and the encoded tokens' average (B, D), for CADA."""
+        error, logits, tokens = self.reconstruct(images, samples)
+        return *combine(error, logits, self.scale, self.args), tokens.float().mean(1)
 
     @torch.no_grad()
     def reconstruct(self, images, samples):
-        """As the function of this name: (B, 1, h, w), (B, 1, 4h, 4w)."""
+        """As the function of this name: (B, 1, h, w), (B, 1, 4h, 4w), (B, N, D)."""
         x = self.features(images)
         return reconstruct(self.run, self.model, x, self.prompts_of(x, samples))
-
-    @torch.no_grad()
-    def pooled(self, images):
-        """The encoded tokens' average, (B, 3, S, S) -> (B, D), for CADA."""
-        x = self.features(images)
-        with self.run.autocast():
-            return self.model.encode(x).mean(1)
 
     def prompts_of(self, x, samples):
         """Encoded prompts (B, N, D) for features x (B, C, h, w); None for --prompt none."""
@@ -1134,7 +1134,7 @@ def scale_of_test_set(args, run, score, dataset):
     for first in run.progress(range(0, len(samples), args.batch_size), "scale on the test set"):
         part = samples[first : first + args.batch_size]
         batch = torch.stack([images[first + i] for i in range(len(part))])
-        error, _ = score.reconstruct(run.to_device(batch), part)
+        error, _, _ = score.reconstruct(run.to_device(batch), part)
         extremes += extremes_of(error, args)
     extremes = run.gather(extremes)
     return (max(extremes) + min(extremes)) / 2
@@ -1182,7 +1182,7 @@ def main():
         seconds=state["seconds"],
         paper=papers.numbers("onenip", args, PRESETS["paper"], dataset.name, run.world),
         extra=accuracy,
-        pooled=score.pooled,
+        described=score.described,
     )
 
 

@@ -482,9 +482,9 @@ class ROADS(nn.Module):
     images        uint8 (B, 3, s, s), what the adapter sees (used with --adapter style only)
     class_number  (B,) whose prompts are used; None: the selector's choice
     shifted       out-of-domain views of the images, for L_CS; None: not wanted
-    Returns a dict: "maps", the reconstructions [f̂1, f̂2, f̂3]; with prompts "selector" and
-    "classifier", logits (B, N); with the adapter "code" and, if views are given, "shifted_code",
-    each (B, 2 Σ widths).
+    Returns a dict: "maps", the reconstructions [f̂1, f̂2, f̂3]; "pooled", the mean of φ (B, 2 C3);
+    with prompts "selector" and "classifier", logits (B, N); with the adapter "code" and, if views
+    are given, "shifted_code", each (B, 2 Σ widths).
     """
 
     def __init__(self, channels, n_classes, args):
@@ -526,8 +526,8 @@ class ROADS(nn.Module):
         return blocks
 
     def forward(self, maps, images=None, class_number=None, shifted=None):
-        out = {}
         phi = self.bottleneck(*maps)
+        out = {"pooled": phi.float().mean((2, 3))}  # (B, C, h, w) -> (B, C)
         styles = [[None] * depth for depth in self.depths]
         if self.adapter:
             out |= self.codes(images, shifted)
@@ -746,8 +746,13 @@ class Scorer:
         self.followed = set()  # paths
         self.codes, self.clean_codes = {}, {}  # {path: code of norm 1}, of this and the first pass
 
-    @torch.no_grad()
     def __call__(self, images, samples):
+        anomaly, scores, _ = self.described(images, samples)
+        return anomaly, scores
+
+    @torch.no_grad()
+    def described(self, images, samples):
+        """The same, and the mean of φ over its positions, (B, 2 C3), for CADA."""
         maps = self.features.maps(images)
         true = torch.tensor(class_numbers(samples, self.class_names), device=images.device)  # (B,)
         given = self.args.class_at_test == "given"
@@ -760,7 +765,7 @@ class Scorer:
             self.keep_account(samples, true, chosen, scores_given)
         if "code" in out:
             self.keep_codes(samples, out["code"])
-        return anomaly, scores
+        return anomaly, scores, out["pooled"]
 
     def score(self, maps, images, class_number=None):
         """Anomaly maps (B, S, S), image scores (B,), and all that the model gave."""
@@ -803,12 +808,6 @@ class Scorer:
         for sample, row in zip(samples, code):
             if sample.image in self.followed:
                 self.codes[sample.image] = row
-
-    @torch.no_grad()
-    def pooled(self, images):
-        """ẑ0, the mean of φ over its positions: (B, 3, S, S) -> (B, 2 C3), for CADA."""
-        with self.run.autocast():
-            return self.model.bottleneck(*self.features.maps(images)).mean((2, 3))
 
     def of_pass(self):
         """What the report says of the images scored since the last call, on all ranks."""
@@ -896,7 +895,7 @@ def main(method="roads"):
         seconds=state["seconds"],
         paper=papers.numbers("roads", args, PRESETS["paper"], dataset.name, run.world),
         extra=score.of_pass,
-        pooled=score.pooled,
+        described=score.described,
     )
 
 

@@ -390,7 +390,7 @@ def _class_pictures(folder, result):
              "<p class=note>The class with the lowest I-AUROC first. Picture, true region, anomaly "
              "map, both; below them the scores.</p>"]
     names = sorted(result["classes"], key=auroc)
-    files = {folder / "pictures" / f"{name}.png": name for name in names}
+    files = {folder / "pictures" / pictures.file_of(name, names): name for name in names}
     for file in sorted((folder / "pictures").glob("*.png")):
         files.setdefault(file, file.stem)
     for file, name in files.items():

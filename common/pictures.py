@@ -134,6 +134,17 @@ def histogram(good, bad, width, height=120, bins=40, limits=None):
     return canvas
 
 
+OWN_PICTURES = ("overview", "shift", "distributions", "pixels", "changed")  # in pictures/
+
+
+def file_of(cls, classes):
+    """The file name of a class's picture: CLASS.png, unless one of ours is called so."""
+    name = cls
+    while name in OWN_PICTURES or (name != cls and name in classes):
+        name += "-class"
+    return f"{name}.png"
+
+
 def distributions(path, parts):
     """PNG of the image scores of every class on one axis, side by side for several ways to score.
 

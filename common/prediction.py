@@ -76,7 +76,7 @@ def predict(run, args, score, normal_score, columns=None, pixel_threshold=None):
         raise UsageError(f"--predict {names}: no images found")
     columns = columns or {}
     threshold = getattr(args, "threshold", 0.0) or normal_score
-    decode = functools.partial(_decode, size=args.image_size)
+    decode = functools.partial(_decode, size=args.image_size, top=_top(run.depths))
     draw = functools.partial(_draw, out=run.out, pixel_threshold=pixel_threshold)
     ahead = 2 * args.batch_size + 8  # pictures under way in each step
     page, summary = pages.Predictions(run.out), _Summary()
@@ -177,10 +177,17 @@ def _in_threads(pool, function, items, ahead):
         yield waiting.popleft().result()
 
 
-def _decode(prediction, size):
+def _top(depths):
+    """The value that becomes white in grey pictures of more than 8 bits: the training images', if it is the same for
+    all classes (that of these pictures is not known). None: each picture's own decides."""
+    tops = {top for top in depths.values() if top is not None}
+    return tops.pop() if len(tops) == 1 else None
+
+
+def _decode(prediction, size, top):
     """Read the file: what the model sees, and the thumbnail. In a thread."""
     try:
-        image = data.read_image(prediction.sample.image)  # (H, W, 3)
+        image = data.read_image(prediction.sample.image, top)  # (H, W, 3)
     except UsageError as error:
         prediction.reason = str(error)
         return prediction

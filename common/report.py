@@ -50,34 +50,42 @@ class Batch:
     """What a batch of images was given, as numpy arrays."""
 
     first: int  # index of its first image
-    images: torch.Tensor  # (B, 3, S, S) uint8, on the run's device
     samples: list  # B of them
     maps: np.ndarray  # (B, S, S)
     scores: np.ndarray  # (B,)
+    features: np.ndarray  # (B, C), or B times None
 
 
-def measure(run, args, dataset, score, *, corrupt=None, keep=False, pooled=None):
+def measure(run, args, dataset, score, *, corrupt=None, keep=False, described=None):
     """One pass over the test images that writes nothing. Returns a `Pass`.
 
     corrupt: (name, severity) or None; keep: keep the maps; all others as in `evaluate`.
     """
     samples = dataset.test[run.rank::run.world]  # every rank scores its share
-    images = data.Images(samples, args.image_size, corrupt=corrupt, mask_rule=args.mask_rule)
+    images = _images(run, args, samples, corrupt)
     expected = len(dataset.test) * args.image_size ** 2
     accumulator = metrics.Accumulator(expected_pixels=expected)
     rows, kept = [], []
     title = "{}, severity {}".format(*corrupt) if corrupt else "evaluation"
-    for batch in _scored(run, args, images, score, title):
+    function = described if keep and described else score
+    for batch in _scored(run, args, images, function, title):
         masks = [images.mask(batch.first + i).numpy() for i in range(len(batch.samples))]
         _accumulate(accumulator, batch, masks)
         for sample, value in zip(batch.samples, batch.scores):
             rows.append((str(sample.image), sample.cls, sample.label, float(value)))
         if keep:
-            kept += _kept(batch, pooled, masks)
+            kept += _kept(batch, masks)
     rep = metrics.reduce(accumulator)
     rows = _in_order(run.gather(rows), dataset.test)
     kept = _in_order(run.gather(kept), dataset.test)
     return Pass(rep, rows, kept, vanished=sum(run.gather([images.vanished])))
+
+
+def _images(run, args, samples, corrupt=None):
+    """The pixels of samples as this run reads them, `data.Images`."""
+    return data.Images(
+        samples, args.image_size, corrupt=corrupt, mask_rule=args.mask_rule, depths=run.depths
+    )
 
 
 def _scored(run, args, images, score, title):
@@ -89,8 +97,9 @@ def _scored(run, args, images, score, title):
     for first, batch in zip(starts, run.progress(loader, title, len(starts))):
         samples = images.samples[first:first + len(batch)]
         batch = run.to_device(batch)
-        maps, scores = score(batch, samples)
-        yield Batch(first, batch, samples, _numpy(maps), _numpy(scores))
+        maps, scores, *features = score(batch, samples)
+        features = _numpy(features[0]) if features else [None] * len(samples)
+        yield Batch(first, samples, _numpy(maps), _numpy(scores), features)
 
 
 def _numpy(tensor):
@@ -111,11 +120,10 @@ def _accumulate(accumulator, batch, masks):
     accumulator.update(known_maps, known_masks, batch.scores, labels, classes, names)
 
 
-def _kept(batch, pooled, *pixels):
+def _kept(batch, *pixels):
     """Rows (path, sample, score, features, map, and further pixels) of a batch."""
     paths = [str(sample.image) for sample in batch.samples]
-    features = _numpy(pooled(batch.images)) if pooled else [None] * len(paths)
-    return zip(paths, batch.samples, batch.scores, features, batch.maps, *pixels)
+    return zip(paths, batch.samples, batch.scores, batch.features, batch.maps, *pixels)
 
 
 def _in_order(rows, samples):
@@ -144,7 +152,7 @@ def normal_score(run, args, score, samples, images=None):
 # ----------------------------------------------------------------------------------- the evaluation
 
 
-def evaluate(run, args, dataset, score, *, setting, seconds, paper=None, extra=None, pooled=None,
+def evaluate(run, args, dataset, score, *, setting, seconds, paper=None, extra=None, described=None,
              compare=None):
     """The evaluation of a trained model: metrics, tables, files.
 
@@ -158,8 +166,8 @@ def evaluate(run, args, dataset, score, *, setting, seconds, paper=None, extra=N
             ...} or None.
         extra: called after each pass over the test images; its dict joins that pass's "setting" in
             metrics.json.
-        pooled: (images) -> (B, C), one feature vector per image, kept beside the maps by
-            --save-maps; or None.
+        described: like `score`, but returns one feature vector per image as a third, (B, C); kept
+            beside the maps by --save-maps. Default: no features are kept.
         compare: {name: report of `measure`}: what stands beside this result in a second table; or
             None.
     Returns:
@@ -167,7 +175,7 @@ def evaluate(run, args, dataset, score, *, setting, seconds, paper=None, extra=N
     """
     began = time.monotonic()
     corrupt = corruption(args)
-    found = measure(run, args, dataset, score, corrupt=corrupt, keep=args.save_maps, pooled=pooled)
+    found = measure(run, args, dataset, score, corrupt=corrupt, keep=args.save_maps, described=described)
     setting = {**setting, **_extra(extra), "mask": f"> 0, {args.mask_rule}",
                "metrics": found.rep["engine"], **_lost_masks(dataset, found)}
     result = _result(run, args, dataset, found, setting, seconds, paper, compare)
@@ -176,7 +184,7 @@ def evaluate(run, args, dataset, score, *, setting, seconds, paper=None, extra=N
         part = {"setting": _extra(extra), **_three_views(shifted)}
         result.setdefault("shift", {})[f"{name}:{severity}"] = part
     if args.save_maps:
-        _save_maps(run, args, dataset, score, pooled, found.kept)
+        _save_maps(run, args, dataset, described or score, found.kept)
     if run.is_rank0:
         _draw_classes(run, args, dataset, found.rows, score, corrupt)
         if args.shift == "curve":
@@ -264,6 +272,9 @@ def table(result):
     add("mixed", result["mixed"], paper.get("mixed"))
     setting = "  ".join(f"{name}: {_text(value)}" for name, value in result["setting"].items())
     head = " " * width + "".join(f"{name:>9}" for name in COLUMNS.values())
+    if paper:
+        lines.append(f"paper: {paper['source']}")
+        lines += [f"  {note}" for note in paper.get("notes", [])]
     return "\n".join(["", setting, "", head, *lines])
 
 
@@ -301,18 +312,25 @@ def shift_table(result):
         return f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells)
 
     def view(name, values):  # values: of each condition
-        cells = [f"{percent(values[0]['i_auroc'])}/{percent(values[0]['p_auroc'])}"]
-        for of_condition in values:
-            cells.append(f"{percent(of_condition['i_auroc'])}/{percent(of_condition['p_aupro'])}")
+        cells = [f"{percent(values[0].get('i_auroc'))}/{percent(values[0].get('p_auroc'))}"]
+        for found in values:
+            cells.append(f"{percent(found.get('i_auroc'))}/{percent(found.get('p_aupro'))}")
         return line(name, cells)
 
     lines = ["", line("domain shift, severity 3", ["clean", *conditions])]
     lines.append(line("", ["I-/P-AUROC"] + ["I-AUROC/P-AUPRO"] * len(conditions)))
+    *papers, out_of_distribution = _paper_of_conditions(result["paper"] or {})
     for cls in result["classes"]:
         lines.append(view(cls, [condition["classes"][cls] for condition in conditions.values()]))
+        theirs = [paper.get("classes", {}).get(cls, {}) for paper in papers]
+        if any(theirs):
+            lines.append(view("  paper", theirs))
     lines.append("-" * (width + 16 * (1 + len(conditions))))
     for name in ("mean", "mixed"):
         lines.append(view(name, [condition[name] for condition in conditions.values()]))
+        theirs = [paper.get(name, {}) for paper in papers]
+        if any(theirs):
+            lines.append(view("  paper", theirs))
     for key in conditions[corruptions.NAMES[0]]["setting"]:  # what `extra` gave
         values = [condition["setting"][key] for condition in conditions.values()]
         cells = [percent(value) if isinstance(value, float) else _text(value) for value in values]
@@ -321,7 +339,17 @@ def shift_table(result):
     if None not in shifted:
         lines.append(f"P-AUPRO: in distribution {percent(clean)}, "
                      f"out of distribution {percent(np.mean(shifted))}")
+    theirs = out_of_distribution.get("mean", {}).get("p_aupro")
+    if theirs is not None:
+        lines.append(f"  paper: out of distribution {percent(theirs)}")
     return "\n".join(lines)
+
+
+def _paper_of_conditions(paper):
+    """The paper's numbers of the clean images, of each shift at severity 3, and of their mean."""
+    shifted = paper.get("shift", {})
+    names = [f"{name}:3" for name in corruptions.NAMES]
+    return [paper, *(shifted.get(name, {}) for name in names), shifted.get("ood", {})]
 
 
 def _text(value):
@@ -340,7 +368,7 @@ def _write_csv(path, header, rows):
     runtime.write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
-def _save_maps(run, args, dataset, score, pooled, kept):
+def _save_maps(run, args, dataset, score, kept):
     """--save-maps: maps/CLASS.npz of the test images (`kept`), and maps/train/CLASS.npz of the
     training images, which are scored for it. A method that works on maps needs both."""
     for cls in dataset.classes:
@@ -349,9 +377,9 @@ def _save_maps(run, args, dataset, score, pooled, kept):
             _save_class(run.out / "maps", cls, of_class)
         # One class at a time: all maps of the training images may not fit into memory.
         samples, rows = [sample for sample in dataset.train if sample.cls == cls], []
-        images = data.Images(samples[run.rank::run.world], args.image_size)
+        images = _images(run, args, samples[run.rank::run.world])
         for batch in _scored(run, args, images, score, f"training maps, {cls}"):
-            rows += _kept(batch, pooled)
+            rows += _kept(batch)
         rows = _in_order(run.gather(rows), samples)
         if run.is_rank0:
             _save_class(run.out / "maps" / "train", cls, rows)
@@ -388,7 +416,7 @@ def _draw_classes(run, args, dataset, rows, score, corrupt):
         good, bad = _by_score(rows, cls, 0), _by_score(rows, cls, 1)
         chosen = _chosen(good, bad)
         samples = [sample_of[row[0]] for _, row in chosen]
-        images = data.Images(samples, args.image_size, corrupt=corrupt, mask_rule=args.mask_rule)
+        images = _images(run, args, samples, corrupt)
         batch = torch.stack([images[i] for i in range(len(images))])
         maps = _numpy(score(batch.to(run.device), samples)[0])  # (len(chosen), S, S)
         low, high = maps.min(), maps.max()
@@ -406,7 +434,7 @@ def _draw_classes(run, args, dataset, rows, score, corrupt):
         good_scores, bad_scores = [row[3] for row in good], [row[3] for row in bad]
         histogram = pictures.histogram(good_scores, bad_scores, strips[0].width)
         strips.append(pictures.titled(histogram, "image scores: good (green), defective (red)"))
-        pictures.in_column(strips).save(folder / f"{cls}.png")
+        pictures.in_column(strips).save(folder / pictures.file_of(cls, dataset.classes))
     if overview:
         half = -(-len(overview) // 2)  # two columns of classes
         columns = [pictures.in_column(overview[:half])]
