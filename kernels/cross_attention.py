@@ -44,7 +44,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backend import (
@@ -229,8 +228,8 @@ def _keep_shapes(weights, dropout_p, seed):
     return torch.empty_like(weights, dtype=torch.bool, memory_format=torch.contiguous_format)
 
 
-@opaque(_keep_shapes)
-def _dropout_keep(weights: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+@opaque("(Tensor weights, float dropout_p, Tensor seed) -> Tensor", _keep_shapes)
+def _dropout_keep(weights, dropout_p, seed):
     """True where an attention weight survives dropout, drawn from `seed`; (B, H, N, M) bool.
 
     `F.dropout` draws one random number per weight, which on CPUs takes longer than the attention
@@ -719,10 +718,12 @@ def _forward_shapes(q, k, v, seed, scale, window, dropout_p):
     return _empty(B, H, N, D, like=q), q.new_empty((2, B, H, N), dtype=torch.float32)
 
 
-@opaque(_forward_shapes)
-def attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, seed: Tensor, scale: float, window: list[int], dropout_p: float
-) -> tuple[Tensor, Tensor]:
+@opaque(
+    "(Tensor q, Tensor k, Tensor v, Tensor seed, float scale, int[] window, float dropout_p) "
+    "-> (Tensor, Tensor)",
+    _forward_shapes,
+)
+def attention_triton(q, k, v, seed, scale, window, dropout_p):
     """Output (B, H, N, D) of `cross_attention`, and of each query (2, B, H, N) fp32: its largest
     product q k, and the sum of e^(scale (product - largest)). Two numbers: their one logarithm
     would be too coarse for large scores, and so would be products that are scaled before they are
@@ -764,11 +765,12 @@ def _backward_shapes(do, q, k, v, o, rows, seed, scale, window, dropout_p):
     return tuple(_empty(*x.shape, like=x) for x in (q, k, v))
 
 
-@opaque(_backward_shapes)
-def attention_grad_triton(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, rows: Tensor,
-    seed: Tensor, scale: float, window: list[int], dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+@opaque(
+    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor rows, Tensor seed, float scale, "
+    "int[] window, float dropout_p) -> (Tensor, Tensor, Tensor)",
+    _backward_shapes,
+)
+def attention_grad_triton(do, q, k, v, o, rows, seed, scale, window, dropout_p):
     """Gradients of q, k and v, from that of the output, do (B, H, N, D)."""
     (B, H, N, _), M, device = o.shape, k.shape[2], q.device
     block_n, block_m, tile = _tiles(q, k, v, do)
