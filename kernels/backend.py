@@ -28,9 +28,11 @@ except ImportError:  # macOS, Windows, or a Linux without the package
         def jit(function=None, **options):
             return function or (lambda function: function)
 
-    HAS_TRITON = False
+    HAS_TRITON, INTERLEAVE = False, None
 else:
     HAS_TRITON = True
+    # before 3.4 the compiler cannot transpose what `tl.interleave` makes
+    INTERLEAVE = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4))
 
 # Triton decides when it reads a kernel, so do we
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
