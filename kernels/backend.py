@@ -28,9 +28,11 @@ except ImportError:  # macOS, Windows, or a Linux without the package
         def jit(function=None, **options):
             return function or (lambda function: function)
 
-    HAS_TRITON = False
+    HAS_TRITON, INTERLEAVE = False, None
 else:
     HAS_TRITON = True
+    # before 3.4 the compiler cannot transpose what `tl.interleave` makes
+    INTERLEAVE = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4))
 
 # Triton decides when it reads a kernel, so do we
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -70,7 +72,7 @@ def use_triton(backend, operation, tensor, unsupported=None, shape=""):
         if not HAS_TRITON or unsupported or not on_gpu(tensor):
             return False
         row = f"{operation} {shape} {dtype_name(tensor.dtype)}"
-        return works(operation, tensor.device, tensor.dtype) and row not in lost(tensor.device)
+        return works(operation, tensor.device, tensor.dtype) and not lost(row, tensor.device)
     if not HAS_TRITON:
         raise RuntimeError(
             'backend "triton" needs the triton package (Linux only); use "auto" or "torch"'
@@ -119,8 +121,13 @@ def trial_tensors(shapes, device, dtype):
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks once, and does not look inside
-@functools.lru_cache(maxsize=None)
 def works(operation, device, dtype):
+    """True if the operation's kernels pass their trial on this device, which is run once."""
+    return _works(operation, device, dtype)
+
+
+@functools.lru_cache(maxsize=None)
+def _works(operation, device, dtype):
     """True if the operation's kernels pass their trial; if not, one line on stderr, the first
     time."""
     try:
@@ -158,8 +165,13 @@ def compare(ours, expected, dtype):
 
 
 @torch.compiler.assume_constant_result
+def lost(row, device):
+    """True if PyTorch is faster in this row on this device; the file is read once."""
+    return row in _lost(device)
+
+
 @functools.lru_cache(maxsize=None)
-def lost(device):
+def _lost(device):
     """The rows, "operation shape dtype", for which `kernels.check` on such a card saw PyTorch
     win."""
     if device.type != "cuda":
@@ -203,19 +215,19 @@ def autocast(*tensors):
 _library = torch.library.Library("anomaly_kernels", "DEF")
 
 
-def opaque(shapes):
+def opaque(schema, shapes):
     """Decorator: for torch.compile the function is one operation, which it does not look into.
 
-    shapes: function of the same arguments that returns empty tensors like the results. A kernel's
-    launch reads addresses and strides, which do not exist while torch.compile traces. The
-    function's annotations are its schema; it must not change its arguments, nor return them.
-    Outside torch.compile it is called directly, since going through PyTorch's dispatcher takes as
-    long as launching a kernel.
+    schema: its arguments and results, as `torch.library` writes them; it must not change its
+    arguments, nor return them. shapes: function of the same arguments that returns empty tensors
+    like the results. A kernel's launch reads addresses and strides, which do not exist while
+    torch.compile traces. Outside torch.compile the function is called directly, since going through
+    PyTorch's dispatcher takes as long as launching a kernel.
     """
 
     def decorate(function):
         name = function.__name__
-        _library.define(name + torch.library.infer_schema(function, mutates_args=()))
+        _library.define(name + schema)
         _library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"anomaly_kernels::{name}", shapes, lib=_library)
         operation = getattr(torch.ops.anomaly_kernels, name)

@@ -1,8 +1,8 @@
 """Sizes of the four methods: predicted traffic, compiled kernels, and times of the PyTorch path on
 a CPU.
 
-    python -m kernels.bench          the bytes that must move, and what the compiler makes of all this
-    python -m kernels.bench --cpu    times of the PyTorch path on this CPU against the published code
+    python -m kernels.bench         the bytes that must move, and what the compiler makes of it all
+    python -m kernels.bench --cpu   times of the PyTorch path on this CPU against the published code
 
 Times on a GPU: `python -m kernels.check`, which proves the kernels before it times them.
 """

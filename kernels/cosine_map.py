@@ -28,7 +28,6 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backend import compare, cores, opaque, tl, trial, trial_tensors, triton, use_triton
@@ -493,10 +492,11 @@ def _map_shapes(teachers, students, height, width, mean):
     return students[0].new_empty((B, height, width), dtype=torch.float32)
 
 
-@opaque(_map_shapes)
-def map_triton(
-    teachers: list[Tensor], students: list[Tensor], height: int, width: int, mean: bool
-) -> Tensor:
+@opaque(
+    "(Tensor[] teachers, Tensor[] students, int height, int width, bool mean) -> Tensor",
+    _map_shapes,
+)
+def map_triton(teachers, students, height, width, mean):
     """The map (B, height, width) by the Triton kernels."""
     B, device = students[0].shape[0], students[0].device
     grids = _grids(students)
@@ -517,10 +517,8 @@ def _loss_shapes(teachers, students, flat):
     return loss, students[0].new_empty((2, B, cells), dtype=torch.float32)
 
 
-@opaque(_loss_shapes)
-def loss_triton(
-    teachers: list[Tensor], students: list[Tensor], flat: bool
-) -> tuple[Tensor, Tensor]:
+@opaque("(Tensor[] teachers, Tensor[] students, bool flat) -> (Tensor, Tensor)", _loss_shapes)
+def loss_triton(teachers, students, flat):
     """The loss, and the factors (2, B, L) of teacher and student in the student's gradient."""
     B, device = students[0].shape[0], students[0].device
     grids = _grids(students)
@@ -539,10 +537,11 @@ def _loss_grad_shapes(teachers, students, factors, upstream):
     return [torch.empty_like(s) for s in students]
 
 
-@opaque(_loss_grad_shapes)
-def loss_grad_triton(
-    teachers: list[Tensor], students: list[Tensor], factors: Tensor, upstream: Tensor
-) -> list[Tensor]:
+@opaque(
+    "(Tensor[] teachers, Tensor[] students, Tensor factors, Tensor upstream) -> Tensor[]",
+    _loss_grad_shapes,
+)
+def loss_grad_triton(teachers, students, factors, upstream):
     """Gradients of the students (B, C, h, w), from that of the loss."""
     gradients = []
     cells = [h * w for h, w in _grids(students)]

@@ -44,11 +44,11 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backend import (
-    INTERPRET, autocast, compare, cores, opaque, tl, trial, trial_tensors, triton, use_triton,
+    INTERLEAVE, INTERPRET, autocast, compare, cores, opaque, tl, trial, trial_tensors, triton,
+    use_triton,
 )
 
 LOG2E = 1.4426950408889634  # the kernels use exp2, the GPU's native function
@@ -229,8 +229,8 @@ def _keep_shapes(weights, dropout_p, seed):
     return torch.empty_like(weights, dtype=torch.bool, memory_format=torch.contiguous_format)
 
 
-@opaque(_keep_shapes)
-def _dropout_keep(weights: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+@opaque("(Tensor weights, float dropout_p, Tensor seed) -> Tensor", _keep_shapes)
+def _dropout_keep(weights, dropout_p, seed):
     """True where an attention weight survives dropout, drawn from `seed`; (B, H, N, M) bool.
 
     `F.dropout` draws one random number per weight, which on CPUs takes longer than the attention
@@ -309,14 +309,23 @@ def _kept(n, first_m, M, bh, seed, dropout_p, BLOCK_M: tl.constexpr):
 
     Philox turns (seed, position) into random bits without any state, so that the backward kernels,
     which visit the weights in another order, find the same ones dropped. It gives four words at a
-    time, for four keys that follow each other; first_m is a multiple of four. Interleaving lays
-    them out side by side: a c a c ... and b d b d ... become a b c d a b c d ...
+    time, for four keys that follow each other; first_m is a multiple of four. Interleaving lays them
+    out side by side: a c a c ... and b d b d ... become a b c d a b c d ... Where the compiler cannot
+    do that, every weight draws all four words and keeps its own.
     """
-    four = first_m // 4 + tl.arange(0, BLOCK_M // 4)
-    position = n[:, None] * tl.cdiv(M, 4) + four[None, :]
-    zero = position * 0
-    a, b, c, d = tl.philox(seed, position, zero + bh, zero, zero)  # (BLOCK_N, BLOCK_M / 4) each
-    bits = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))  # (BLOCK_N, BLOCK_M)
+    if INTERLEAVE:
+        four = first_m // 4 + tl.arange(0, BLOCK_M // 4)
+        position = n[:, None] * tl.cdiv(M, 4) + four[None, :]
+        zero = position * 0
+        a, b, c, d = tl.philox(seed, position, zero + bh, zero, zero)  # (BLOCK_N, BLOCK_M / 4) each
+        bits = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))  # (BLOCK_N, BLOCK_M)
+    else:
+        m = first_m + tl.arange(0, BLOCK_M)[None, :]
+        position = n[:, None] * tl.cdiv(M, 4) + m // 4
+        zero = position * 0
+        a, b, c, d = tl.philox(seed, position, zero + bh, zero, zero)  # (BLOCK_N, BLOCK_M) each
+        ab, cd = tl.where(m % 4 == 0, a, b), tl.where(m % 4 == 2, c, d)
+        bits = tl.where(m % 4 < 2, ab, cd)
     uniform = (bits >> 8).to(tl.float32) * (1.0 / 16777216)  # 24 bits: all of [0, 1) exact in fp32
     return uniform >= dropout_p
 
@@ -719,10 +728,12 @@ def _forward_shapes(q, k, v, seed, scale, window, dropout_p):
     return _empty(B, H, N, D, like=q), q.new_empty((2, B, H, N), dtype=torch.float32)
 
 
-@opaque(_forward_shapes)
-def attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, seed: Tensor, scale: float, window: list[int], dropout_p: float
-) -> tuple[Tensor, Tensor]:
+@opaque(
+    "(Tensor q, Tensor k, Tensor v, Tensor seed, float scale, int[] window, float dropout_p) "
+    "-> (Tensor, Tensor)",
+    _forward_shapes,
+)
+def attention_triton(q, k, v, seed, scale, window, dropout_p):
     """Output (B, H, N, D) of `cross_attention`, and of each query (2, B, H, N) fp32: its largest
     product q k, and the sum of e^(scale (product - largest)). Two numbers: their one logarithm
     would be too coarse for large scores, and so would be products that are scaled before they are
@@ -764,11 +775,12 @@ def _backward_shapes(do, q, k, v, o, rows, seed, scale, window, dropout_p):
     return tuple(_empty(*x.shape, like=x) for x in (q, k, v))
 
 
-@opaque(_backward_shapes)
-def attention_grad_triton(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, rows: Tensor,
-    seed: Tensor, scale: float, window: list[int], dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+@opaque(
+    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor rows, Tensor seed, float scale, "
+    "int[] window, float dropout_p) -> (Tensor, Tensor, Tensor)",
+    _backward_shapes,
+)
+def attention_grad_triton(do, q, k, v, o, rows, seed, scale, window, dropout_p):
     """Gradients of q, k and v, from that of the output, do (B, H, N, D)."""
     (B, H, N, _), M, device = o.shape, k.shape[2], q.device
     block_n, block_m, tile = _tiles(q, k, v, do)
@@ -852,3 +864,9 @@ def _trial(device, dtype):
             o = cross_attention(q, k, v, backend=backend)
             results[backend] = [o, *torch.autograd.grad(o, (q, k, v), upstream)]
         compare(results["triton"], results["torch"], dtype)
+        # with dropout O = W V, so dO . O = dV . V if both passes drop the same weights
+        v, upstream = (x.detach().abs().requires_grad_() for x in (v, upstream))
+        o = cross_attention(q, k, v, dropout_p=0.5, seed=1, backend="triton")
+        (dv,) = torch.autograd.grad(o, (v,), upstream)
+        dots = [(x.float() * y.float()).sum() for x, y in ((o, upstream), (dv, v))]
+        compare(dots[1:], dots[:1], dtype)

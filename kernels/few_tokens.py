@@ -32,7 +32,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backend import autocast, compare, opaque, tl, trial, trial_tensors, triton, use_triton
@@ -508,8 +507,8 @@ def _read_shapes(tokens, x, eps):
     return torch.empty_like(tokens), tokens.new_empty((2, *tokens.shape[:2]), dtype=torch.float32)
 
 
-@opaque(_read_shapes)
-def tokens_read_triton(tokens: Tensor, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+@opaque("(Tensor tokens, Tensor x, float eps) -> (Tensor, Tensor)", _read_shapes)
+def tokens_read_triton(tokens, x, eps):
     """What the tokens read, (B, R, C), and each token's largest score and sum, (2, B, R) fp32."""
     (B, R, C), M, device = tokens.shape, x.shape[1], tokens.device
     tile = _tile(x, tokens)
@@ -539,10 +538,11 @@ def _read_grad_shapes(do, tokens, x, out, rows, eps):
     return torch.empty_like(tokens), torch.empty_like(x)
 
 
-@opaque(_read_grad_shapes)
-def tokens_read_grad_triton(
-    do: Tensor, tokens: Tensor, x: Tensor, out: Tensor, rows: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+@opaque(
+    "(Tensor do, Tensor tokens, Tensor x, Tensor out, Tensor rows, float eps) -> (Tensor, Tensor)",
+    _read_grad_shapes,
+)
+def tokens_read_grad_triton(do, tokens, x, out, rows, eps):
     """Gradients of the tokens (B, R, C) and of the map (B, M, C)."""
     (B, R, C), M, device = tokens.shape, x.shape[1], tokens.device
     dx = torch.empty_like(x)
@@ -588,10 +588,12 @@ def _map_read_shapes(x, keys, bias, values, out_bias, heads, eps):
     return x.new_empty(x.shape, dtype=keys.dtype)
 
 
-@opaque(_map_read_shapes)
-def map_reads_triton(
-    x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, out_bias: Tensor, heads: int, eps: float
-) -> Tensor:
+@opaque(
+    "(Tensor x, Tensor keys, Tensor bias, Tensor values, Tensor out_bias, int heads, float eps) "
+    "-> Tensor",
+    _map_read_shapes,
+)
+def map_reads_triton(x, keys, bias, values, out_bias, heads, eps):
     """`map_reads`: (B, M, C) in the type of the keys."""
     (B, M, C), L = x.shape, keys.shape[1] // heads
     out = torch.empty(B, M, C, dtype=keys.dtype, device=x.device)
@@ -608,10 +610,12 @@ def _map_read_grad_shapes(do, x, keys, bias, values, heads, eps):
     return tuple(torch.empty_like(t) for t in (x, keys, bias, values))
 
 
-@opaque(_map_read_grad_shapes)
-def map_reads_grad_triton(
-    do: Tensor, x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, heads: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@opaque(
+    "(Tensor do, Tensor x, Tensor keys, Tensor bias, Tensor values, int heads, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _map_read_grad_shapes,
+)
+def map_reads_grad_triton(do, x, keys, bias, values, heads, eps):
     """Gradients of the map, keys, bias and values."""
     (B, M, C), R, device = x.shape, keys.shape[1], x.device
     L = R // heads

@@ -24,11 +24,10 @@ def card(monkeypatch):
     """Tensors pass as a GPU's, and nothing is known of it yet."""
     monkeypatch.setattr(backend, "HAS_TRITON", True)
     monkeypatch.setattr(backend, "on_gpu", lambda tensor: True)
-    caches = (backend.works, backend.lost)
-    for cached in caches:
+    for cached in (backend._works, backend._lost):
         cached.cache_clear()
     yield
-    for cached in caches:
+    for cached in (backend._works, backend._lost):
         cached.cache_clear()
 
 

@@ -1,7 +1,7 @@
 """The Triton kernels as compiled for real GPUs, without one: registers, shared memory, width of loads.
 
 Each architecture has a process of its own, since Triton must not be in interpreter mode and both run at once. To save
-time fp32 is compiled for sm_80 only, fp16 and bf16 for sm_90 only; with KERNELS_COMPILE=all every dtype for both.
+time fp32 is compiled for sm_80 only, bf16 for sm_90 only; with KERNELS_COMPILE=all every dtype for both.
 """
 
 import os
@@ -43,7 +43,7 @@ def check(name, dtype, kernels):
         assert dtype != torch.float32 or "tf32" not in kernel.asm["ptx"], "TF32 instead of IEEE: " + where
 
 done = {}
-some = {80: [torch.float32], 90: [torch.float16, torch.bfloat16]}[arch]
+some = {80: [torch.float32], 90: [torch.bfloat16]}[arch]
 for dtype in bench.DTYPES if os.environ.get("KERNELS_COMPILE") == "all" else some:
     for name, shape in (bench.ATTENTION | bench.ODD_ATTENTION).items():
         check(name, dtype, bench.compile_attention(shape, dtype, arch))
