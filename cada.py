@@ -39,8 +39,9 @@ Commands
                                                  --score and --smoothing)
     python cada.py --base-run runs/onenip-mvtec --out runs/cada-onenip
                                                  calibrates what another script's run kept by --save-maps
-    Beside the common files: calibration.json (the one threshold with the best F1 over the pool and what it does to each
-    class, with and without calibration; the correlations of departure 10) and pictures/distributions.png (Fig. 5).
+    Beside the common files: calibration.json (one threshold for the pool, with the best F1 or with 5 % false alarms,
+    and what it does to each class, with and without calibration; the correlations of departure 10) and, in pictures/,
+    distributions.png (Fig. 5), pixels.png (the same of pixels), changed.png (Fig. 6).
 
 Where this file differs from the paper (P), which has no public code, or from its authors' other code (C), and why
   1. What the head reads: P names the bottleneck twice and the pre-trained encoder once. Here the bottleneck φ; for
@@ -50,14 +51,16 @@ Where this file differs from the paper (P), which has no public code, or from it
      nor norm nor activation. Without a convolution the pooled feature is normalised by its batch statistics instead,
      and divided by √C: at P's rate SGD diverges on features whose squared norm is large, as that of 512 channels is.
   3. Targets: u and γ of the map before smoothing, base in evaluation mode; calibration before smoothing, as C does.
-     Smoothing pads with zeros, after û was subtracted: so, against what P says, calibration is not order-preserving
-     inside a class. And it lowers a map's maximum, in one class more than in another, while the image score is a mean
-     of many pixels: --statistic score (not in P) takes the image score of the smoothed map for γ, so that this is what
-     is calibrated.
-  4. γ̂ - û is at least 1e-6; how often that was needed is in metrics.json ("clamped").
+     Smoothing pads with zeros, as C does, after û was subtracted: so, against what P says, calibration is not
+     order-preserving inside a class (--padding reflect). And it lowers a map's maximum, in one class more than in
+     another, while the image score is a mean of many pixels: --statistic score (not in P) takes the image score of the
+     smoothed map for γ, so that this is what is calibrated.
+  4. γ̂ - û is at least the smallest γ - u of a training image; metrics.json says how often it was not ("clamped").
   5. (u, σ), --statistic std: the head predicts û and σ̂; u + 3σ stands for γ in loss and calibration, as P's text says.
   6. RevDist and ReContrast: flattened cosine per image as in C, not per location as in reverse distillation's paper
      (--cosine location). ReContrast follows C (amsgrad, eps 1e-10, encoder's batch norm in evaluation mode).
+     UniAD's map is the mean over channels of the squared error, resized with corners not aligned, as in C (Dinomaly's
+     evaluation of UniAD); UniAD's own code takes the norm, with corners aligned.
   7. Learning rate x 0.2 at 80 % of the steps from C (UniAD: x 0.1, and its clipping at 0.1, from UniAD's code).
   8. Maps of --base-run are divided by the mean maximum of the training images, so that α and the learning rate of the
      head suit every method. Calibration undoes it; no metric depends on it.
@@ -74,6 +77,8 @@ import csv
 import dataclasses
 import json
 import math
+import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -268,6 +273,11 @@ class Args(Options):
         group="calibration",
         choices=("max", "std", "score"),
     )
+    refit: bool = option(
+        False,
+        "with --eval: do stage 2 again, on the training images of --data, whatever they are",
+        group="calibration",
+    )
     alpha: float = option(
         0.1,
         "where the head's smooth L1 loss turns from square to absolute",
@@ -294,6 +304,13 @@ class Args(Options):
         "side of the Gaussian window on the map, sigma 4; odd; 0: none",
         group="scoring",
         low=0,
+    )
+    padding: str = option(
+        "zeros",
+        "what the window sees beyond the map's edge: zeros, as the authors' other code has it, or "
+        "the map reflected",
+        group="scoring",
+        choices=("zeros", "reflect"),
     )
     score: str = option(
         "top1",
@@ -343,19 +360,28 @@ def map_statistics(maps, args):
     if args.statistic == "max":
         gamma = maps.amax((1, 2))
     elif args.statistic == "std":
-        gamma = u + 3 * maps.flatten(1).std(1)  # (B, S, S) -> (B, S²)
+        gamma = u + 3 * maps.flatten(1).std(1, correction=0)  # (B, S, S) -> (B, S²)
     else:
-        gamma = image_score(gaussian_window(maps, args.smoothing), args.score)
+        _, gamma = smoothed(maps, args)
     return u, gamma
 
 
-def class_statistics(u, gamma, label, classes):
+def class_statistics(u, gamma, label, classes, statistic):
     """u_c and γ_c of Eq. 1: what is expected of a class, the means over its training images.
 
+    With --statistic std γ_c = u_c + 3 σ_c, σ_c over all pixels of the class's maps.
     u, gamma: (N,) own statistics. label: (N,) class numbers. Returns (len(classes), 2).
     """
-    both = torch.stack([u, gamma], dim=1)  # (N, 2)
-    return torch.stack([both[label == c].mean(0) for c in range(len(classes))])
+    rows = []
+    for c in range(len(classes)):
+        u_of_class, gamma_of_class = u[label == c], gamma[label == c]
+        u_c, gamma_c = u_of_class.mean(), gamma_of_class.mean()
+        if statistic == "std":
+            sigma = (gamma_of_class - u_of_class) / 3  # of each image, about its own mean
+            variance = sigma.square().mean() + u_of_class.var(correction=0)
+            gamma_c = u_c + 3 * variance.sqrt()
+        rows.append(torch.stack([u_c, gamma_c]))
+    return torch.stack(rows)
 
 
 def regression_loss(u_hat, gamma_hat, u, gamma, alpha):
@@ -365,13 +391,19 @@ def regression_loss(u_hat, gamma_hat, u, gamma, alpha):
     return loss_u + loss_gamma  # Eq. 3
 
 
-SMALLEST_RANGE = 1e-6  # γ̂ - û is at least this
+def calibrate(maps, u_hat, gamma_hat, floor=1e-6):
+    """Eq. 5: maps (B, S, S), û and γ̂ (B,) -> (M - û) / (γ̂ - û). With a class's statistics: Eq. 1.
 
-
-def calibrate(maps, u_hat, gamma_hat):
-    """Eq. 5: maps (B, S, S), û and γ̂ (B,) -> (M - û) / (γ̂ - û). With a class's statistics: Eq. 1."""
-    width = (gamma_hat - u_hat).clamp(min=SMALLEST_RANGE)
+    floor: γ̂ - û is at least this.
+    """
+    width = (gamma_hat - u_hat).clamp(min=floor)
     return (maps - u_hat[:, None, None]) / width[:, None, None]  # Eq. 5
+
+
+def smoothed(maps, args):
+    """Maps, calibrated or not, (B, S, S) -> the same smoothed, and their image scores (B,)."""
+    maps = gaussian_window(maps, args.smoothing, padding=args.padding)
+    return maps, image_score(maps, args.score)
 
 
 class Head(nn.Module):
@@ -416,6 +448,8 @@ class Calibration(nn.Module):
         elif args.calibrate == "classifier":
             self.head = Head(channels, len(classes), args)
         self.register_buffer("statistics", torch.zeros(len(classes), 2))  # u_c and γ_c of Eq. 1
+        # the smallest γ - u that a training image has: what γ̂ - û is at least
+        self.register_buffer("floor", torch.tensor(0.0))
 
     def forward(self, phi, samples):
         nothing = torch.full((len(phi),), -1, device=phi.device)
@@ -768,9 +802,11 @@ class UniAD(nn.Module):
         self.encoder = nn.ModuleList(Layer(args) for _ in range(args.layers))
         self.decoder = nn.ModuleList(Layer(args, self.side**2) for _ in range(args.layers))
         self.norm = nn.LayerNorm(args.hidden)
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                # the authors' three input projections are one matrix, (3D, D), at the start
+                joint = name.endswith(("to_q", "to_k", "to_v"))
+                nn.init.xavier_uniform_(module.weight, gain=0.5**0.5 if joint else 1.0)
                 nn.init.zeros_(module.bias)
 
     @staticmethod
@@ -834,11 +870,6 @@ class Trained:
         with self.run.autocast():
             targets, rebuilt, phi = self.model.eval()(maps, images)
         return self.model.anomaly_map(targets, rebuilt, self.args.image_size), phi.float()
-
-    def pooled(self, images):
-        """φ averaged over its positions, (B, 3, S, S) -> (B, C): what --save-maps keeps."""
-        _, phi = self(images, None)
-        return phi.mean((2, 3))
 
 
 class Recorded:
@@ -990,7 +1021,7 @@ def train_calibration(args, run, base, images, samples, state):
         schedule=args.calibration_schedule,
         log_as={"stage": "calibration"},
     )
-    job.contents["classes"] = classes
+    job.contents |= {"classes": classes, "fitted_on": data_of(args)}
     if job.finished:
         return calibration.eval(), job.resumed
 
@@ -1004,7 +1035,10 @@ def train_calibration(args, run, base, images, samples, state):
             run, described.statistics, numbers, args.batch_size, 1.0, "calibration targets"
         )
     label = torch.tensor([classes.index(sample.cls) for sample in samples])  # (N,)
-    calibration.statistics.copy_(class_statistics(own[:, 0], own[:, 1], label, classes))
+    u, gamma = own.unbind(1)
+    calibration.statistics.copy_(class_statistics(u, gamma, label, classes, args.statistic))
+    if args.calibrate != "none":
+        calibration.floor.copy_((gamma - u).min().clamp(min=1e-6))
     images_per_step = args.calibration_batch * run.world
     dataset = runtime.Stream(numbers, args.seed, images_per_step, frozen.needs_images)
 
@@ -1040,7 +1074,7 @@ class Scorer:
         self.args, self.run, self.base, self.calibration = args, run, base, calibration
         self.remember = {str(sample.image) for sample in remember}
         self.kept = {}  # path -> M, û, γ̂, class number
-        self.seen = {}  # path -> û, γ̂, own γ, class number
+        self.seen = {}  # path -> `Seen`
 
     @torch.no_grad()
     def estimate(self, images, samples):
@@ -1057,30 +1091,37 @@ class Scorer:
         return found
 
     def __call__(self, images, samples):
-        maps, u_hat, gamma_hat, chosen = self.estimate(images, samples)
-        self.remember_statistics(samples, maps, u_hat, gamma_hat, chosen)
-        maps = calibrate(maps, u_hat, gamma_hat)
-        maps = gaussian_window(maps, self.args.smoothing)
-        return maps, image_score(maps, self.args.score)
+        return self.calibrated(samples, *self.estimate(images, samples))
+
+    def calibrated(self, samples, maps, u_hat, gamma_hat, chosen):
+        self.see(samples, maps, u_hat, gamma_hat, chosen)
+        maps = calibrate(maps, u_hat, gamma_hat, self.calibration.floor)
+        return smoothed(maps, self.args)
+
+    @torch.no_grad()
+    def described(self, images, samples):
+        """The same, and φ averaged over its positions, (B, C): what --save-maps keeps."""
+        maps, phi = self.base(images, samples)
+        found = self.calibrated(samples, maps, *self.calibration(phi, samples))
+        return *found, phi.mean((2, 3))
 
     def plain(self, images, samples):
         """The same without calibration."""
         maps = self.estimate(images, samples)[0]
-        maps = gaussian_window(maps, self.args.smoothing)
-        return maps, image_score(maps, self.args.score)
+        return smoothed(maps, self.args)
 
-    def remember_statistics(self, samples, maps, u_hat, gamma_hat, chosen):
+    def see(self, samples, maps, u_hat, gamma_hat, chosen):
+        """Take account of what the images had, for `seen_of`."""
         _, gamma = map_statistics(maps, self.args)
-        names = [str(sample.image) for sample in samples]
-        rows = zip(u_hat.tolist(), gamma_hat.tolist(), gamma.tolist(), chosen.tolist())
-        self.seen.update(zip(names, rows))
+        _, plain = smoothed(maps, self.args)
+        columns = [values.tolist() for values in (u_hat, gamma_hat, gamma, plain, chosen)]
+        for sample, *row in zip(samples, *columns):
+            self.seen[str(sample.image)] = Seen(sample.cls, sample.label, *row)
 
-    def statistics_of(self, samples):
+    def seen_of(self, samples):
         """What the last pass saw of all samples, on every rank: list of `Seen`."""
-        rows = []
-        for sample in samples[self.run.rank :: self.run.world]:
-            rows.append(Seen(sample.cls, sample.label, *self.seen[str(sample.image)]))
-        return self.run.gather(rows)
+        mine = samples[self.run.rank :: self.run.world]
+        return self.run.gather([self.seen[str(sample.image)] for sample in mine])
 
 
 @dataclass
@@ -1092,6 +1133,7 @@ class Seen:
     u_hat: float
     gamma_hat: float
     gamma: float  # the map's own
+    plain: float  # image score without calibration
     chosen: int  # number of the class whose statistics were used; -1: none
 
 
@@ -1118,37 +1160,62 @@ def correlation(x, y):
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def pool_threshold(rows):
-    """The threshold with the best F1 over the pool (defective: score >= it), and what it does.
-
-    rows: (path, class, label, score). Returns {"threshold", "f1", "classes": {class: {"f1",
-    "false_alarms", "missed"}}}; the last two are shares of the good and of the defective images.
-    None where there is none to count.
-    """
-    classes = np.array([row[1] for row in rows])
-    labels = np.array([row[2] for row in rows], bool)
-    scores = np.array([row[3] for row in rows])
+def best_threshold(rows):
+    """The threshold with the best F1 over the pool (the oracle's: it looks at the labels), and
+    `outcome`. rows: (path, class, label, score), as `report.measure` gives them."""
+    classes, labels, scores = columns_of(rows)
     threshold = metrics.best_f1_threshold(scores, labels)
     if threshold is None:  # no defect among them
         threshold = float(scores.max())
-    called = scores >= threshold
-    result = {"threshold": threshold, "f1": f1(called, labels), "classes": {}}
+    return {"threshold": threshold, **outcome(scores >= threshold, labels, classes)}
+
+
+def alarm_threshold(rows, rate=0.05):
+    """The lowest threshold at which no more than `rate` of all good images of the pool are called
+    defective, and `outcome`; None without a good image."""
+    classes, labels, scores = columns_of(rows)
+    if labels.all():
+        return None
+    threshold = float(np.quantile(scores[~labels], 1 - rate, method="higher"))
+    return {"threshold": threshold, **outcome(scores > threshold, labels, classes)}
+
+
+def columns_of(rows):
+    """Rows (path, class, label, score) -> classes, labels (bool) and scores, each (N,)."""
+    classes = np.array([row[1] for row in rows])
+    labels = np.array([row[2] for row in rows], bool)
+    scores = np.array([row[3] for row in rows])
+    return classes, labels, scores
+
+
+def outcome(called, labels, classes):
+    """What calling images defective, (N,) bool, does to the pool and to each class: `judged` of the
+    pool, and {"classes": {class: `judged`}}."""
+    found = {**judged(called, labels), "classes": {}}
     for cls in dict.fromkeys(classes.tolist()):
         mine = classes == cls
-        result["classes"][cls] = {
-            "f1": f1(called[mine], labels[mine]),
-            "false_alarms": share(called[mine & ~labels]),
-            "missed": share(~called[mine & labels]),
-        }
-    return result
+        found["classes"][cls] = judged(called[mine], labels[mine])
+    return found
 
 
-def f1(called, truth):
-    """F1 of two bool (N,), None where both are empty of positives."""
-    both = called.sum() + truth.sum()
-    if both == 0:
-        return None
-    return float(2 * (called & truth).sum() / both)
+def judged(called, labels):
+    """{"f1", "false_alarms", "missed", "balanced_accuracy"} of two bool (N,).
+
+    The shares of the good and of the defective images that are called wrongly, and one minus their
+    mean. F1 hardly minds false alarms where most test images are defective; a factory does. None
+    where there is nothing to count.
+    """
+    both = int(called.sum() + labels.sum())
+    alarms, missed = share(called[~labels]), share(~called[labels])
+    balanced = None
+    if alarms is not None and missed is not None:
+        balanced = 1 - (alarms + missed) / 2
+    return {
+        "f1": float(2 * (called & labels).sum() / both) if both else None,
+        "false_alarms": alarms,
+        "missed": missed,
+        "balanced_accuracy": balanced,
+    }
 
 
 def share(part):
@@ -1156,24 +1223,76 @@ def share(part):
     return float(part.mean()) if len(part) else None
 
 
-def threshold_table(thresholds):
-    """{title: `pool_threshold`} -> text: one threshold for all classes, what it does to each."""
-    classes = next(iter(thresholds.values()))["classes"]
-    width = max(14, *(len(name) + 2 for name in classes))
-    titles = "".join(f"{title:^27}" for title in thresholds)
-    columns = f"{'F1':>9}{'alarms':>9}{'missed':>9}" * len(thresholds)
-    out = ["", f"{'one threshold':<{width}}" + titles, " " * width + columns]
-    for cls in classes:
+def threshold_table(title, thresholds):
+    """{way of scoring: result of one of the functions above} -> text: one threshold for all classes,
+    what it does to each."""
+    thresholds = {name: found for name, found in thresholds.items() if found}
+    if not thresholds:
+        return ""
+    first = next(iter(thresholds.values()))
+    width = max(len(title) + 2, *(len(name) + 2 for name in first["classes"]))
+    headings = "".join(f"{name:^36}" for name in thresholds)
+    columns = f"{'F1':>9}{'alarms':>9}{'missed':>9}{'balanced':>9}" * len(thresholds)
+    out = ["", f"{title:<{width}}" + headings, " " * width + columns]
+    for cls in [*first["classes"], "pool"]:
         line = f"{cls:<{width}}"
         for found in thresholds.values():
-            for value in found["classes"][cls].values():
-                line += f"{report.percent(value):>9}"
+            values = found if cls == "pool" else found["classes"][cls]
+            for key in ("f1", "false_alarms", "missed", "balanced_accuracy"):
+                line += f"{report.percent(values[key]):>9}"
         out.append(line)
-    line = f"{'pool':<{width}}"
-    for found in thresholds.values():
-        line += f"{report.percent(found['f1']):>9}" + " " * 18
-    out.append(line)
     return "\n".join(out)
+
+
+def draw_changed(args, run, dataset, score, plain, rows, number=6):
+    """pictures/changed.png, as Fig. 6: the images whose rank in the pool calibration changes most;
+    image, truth, map before and map after, each map on one scale for all images.
+
+    plain, rows: (path, class, label, score) before and after.
+    """
+    order = {}
+    for part in (plain, rows):
+        for rank, row in enumerate(sorted(part, key=lambda row: row[3])):
+            order.setdefault(row[0], []).append(rank)
+    moved = sorted(order, key=lambda path: -abs(order[path][1] - order[path][0]))[:number]
+    known = {str(sample.image): sample for sample in dataset.test}
+    images = data.Images(
+        [known[path] for path in moved],
+        args.image_size,
+        corrupt=report.corruption(args),
+        mask_rule=args.mask_rule,
+    )
+    batch = torch.stack([images[i] for i in range(len(images))])
+    maps = []  # before, after
+    for function in (score.plain, score):
+        maps.append(function(batch.to(run.device), images.samples)[0].float().cpu().numpy())
+    strips = []
+    for i, path in enumerate(moved):
+        strip = [pictures.pixels(batch[i]), pictures.truth(images.mask(i).numpy())]
+        strip += [pictures.heat(m[i], m.min(), m.max()) for m in maps]
+        before, after = order[path]
+        title = f"{known[path].cls}: {known[path].defect}, rank {before} -> {after} of {len(rows)}"
+        strips.append(pictures.titled(pictures.in_row(strip), title))
+    pictures.in_column(strips).save(run.out / "pictures" / "changed.png")
+
+
+def draw_pixels(args, run, dataset, score, per_class=8, step=16):
+    """pictures/pixels.png: the scores of pixels, good and defective, of every class on one axis,
+    before and after calibration; of a few images a class, every `step`-th pixel."""
+    parts = {"without calibration": [], f"calibration: {args.calibrate}": []}
+    for cls in dataset.classes:
+        samples = [sample for sample in dataset.test if sample.cls == cls]
+        chosen = samples[:: -(-len(samples) // per_class)]
+        images = data.Images(
+            chosen, args.image_size, corrupt=report.corruption(args), mask_rule=args.mask_rule
+        )
+        batch = torch.stack([images[i] for i in range(len(images))]).to(run.device)
+        masks = torch.stack([images.mask(i) for i in range(len(images))])
+        labels = masks.flatten()[::step].tolist()
+        for rows, function in zip(parts.values(), (score.plain, score)):
+            values = function(batch, chosen)[0].float().cpu().flatten()[::step].tolist()
+            rows += [("", cls, int(label), value) for label, value in zip(labels, values)]
+    pictures.distributions(run.out / "pictures" / "pixels.png", parts)
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -1189,6 +1308,7 @@ def main():
     state = run.checkpoint_to_evaluate(args)
     if state:
         state = base_of_checkpoint(args, state)
+    runtime.check_normal_score(args, state, ("image_size", "smoothing", "padding", "score"))
     dataset, images = runtime.training_data(run, args)
     if args.contaminate and dataset:
         contaminate(dataset, args.contaminate, args.seed)
@@ -1279,40 +1399,62 @@ def of_base_run(args):
     return dataclasses.replace(args, **same, data_root=args.data_root or saved["data_root"])
 
 
+def data_of(args):
+    """What names the training images of a run."""
+    return args.data + (f", {args.classes} only" if args.classes else "")
+
+
 def base_of_checkpoint(args, state):
     """The checkpoint to evaluate. If an option of the group "calibration" differs from the
     checkpoint's, its calibration is dropped, so that stage 2 is done again on the stored base."""
     saved = state["args"]
     args.steps = min(args.steps, state["step"])  # fewer in the checkpoint of an unfinished run
-    if args.contaminate:
-        for name in ("contaminate", "seed"):
-            if getattr(args, name) != saved[name]:
-                raise UsageError(
-                    "--contaminate and --seed cannot change at --eval: they chose images that the "
-                    "base has seen"
-                )
+    check_contamination(args, saved)
     groups = ["calibration"]
     if args.statistic == "score":  # γ follows the score
         groups.append("scoring")
-    fields = [f for f in dataclasses.fields(Args) if f.metadata["group"] in groups]
-    unchanged = all(getattr(args, field.name) == saved[field.name] for field in fields)
-    if "calibration" in state["finished"] and unchanged:
+    changed = []
+    for field in dataclasses.fields(Args):
+        if field.metadata["group"] in groups and field.name != "refit":
+            if getattr(args, field.name) != saved[field.name]:
+                changed.append(field.name)
+    if "calibration" in state["finished"] and not changed and not args.refit:
         return state
     if args.predict:
         raise UsageError(
             "--predict needs a checkpoint whose calibration is finished and has the same options; "
             "--eval without --predict writes one"
         )
+    fitted_on = state.get("fitted_on", data_of(Args(data=saved["data"], classes=saved["classes"])))
+    if data_of(args) != fitted_on and not args.refit:
+        options = ", ".join("--" + name.replace("_", "-") for name in changed) or "no calibration"
+        raise UsageError(
+            f"--eval on other data than the calibration was fitted on ({fitted_on}), with {options} "
+            "changed: --refit fits it anew, on the training images of --data"
+        )
     base = {name: state[name] for name in ("method", "model", "seconds")}
     return {**base, "step": args.steps, "finished": ["model"]}
 
 
+def check_contamination(args, saved):
+    """What the base has seen must not come back into the test set. On other data nothing was moved."""
+    if args.data != saved["data"]:
+        args.contaminate = 0.0
+        return
+    same_images = args.seed == saved["seed"] or saved["contaminate"] == 0
+    if args.contaminate != saved["contaminate"] or not same_images:
+        raise UsageError(
+            f"--eval: the base was trained with --contaminate {saved['contaminate']} and --seed "
+            f"{saved['seed']}, which chose images that it has seen; leave both options out"
+        )
+
+
 def contaminate(dataset, share, seed):
     """--contaminate: moves this share of each class's defective test images to the training images,
-    as if good."""
-    rng = np.random.default_rng([seed, 6])
+    as if good. Which, follows from seed and class alone."""
     moved = set()
     for cls in dataset.classes:
+        rng = np.random.default_rng([seed, 6, zlib.crc32(cls.encode())])
         defective = [s for s in dataset.test if s.cls == cls and s.label]
         count = round(share * len(defective))
         moved.update(defective[i] for i in rng.choice(len(defective), count, replace=False))
@@ -1336,7 +1478,7 @@ def evaluate(args, run, base, calibration, state, dataset):
     passes = []  # a list of `Seen` for each pass over the test images, the first one clean
 
     def after_pass():
-        passes.append(score.statistics_of(dataset.test))
+        passes.append(score.seen_of(dataset.test))
         return findings(args, calibration, passes[-1])
 
     report.evaluate(
@@ -1344,20 +1486,27 @@ def evaluate(args, run, base, calibration, state, dataset):
         args,
         dataset,
         score,
-        setting=setting_of(args, base, calibration),
+        setting=setting_of(args, base, calibration, state),
         seconds=state["seconds"],
         paper=papers.numbers("cada", args, RECIPES[args.base]["paper"], dataset.name, run.world),
         extra=after_pass,
-        pooled=base.pooled if isinstance(base, Trained) else None,
+        described=score.described if isinstance(base, Trained) else None,
         compare={"without calibration": plain.rep} if plain else None,
     )
     if run.is_rank0:
-        report_thresholds(args, run, plain, correlations(passes[0]))
+        rows = report_thresholds(args, run, plain, correlations(passes[0]))
+        if plain:
+            draw_changed(args, run, dataset, score, plain.rows, rows)
+            draw_pixels(args, run, dataset, score)
 
 
 def findings(args, calibration, rows):
     """What metrics.json says of one pass besides its metrics. rows: list of `Seen`."""
-    found = {"clamped": sum(row.gamma_hat - row.u_hat < SMALLEST_RANGE for row in rows)}
+    found = {}
+    if args.calibrate != "none":
+        floor = calibration.floor.item()
+        found["clamped"] = sum(row.gamma_hat - row.u_hat < floor for row in rows)
+        found |= without_calibration(rows)
     if args.calibrate == "classifier":
         known = [row for row in rows if row.cls in calibration.classes]
         right = [calibration.classes[row.chosen] == row.cls for row in known]
@@ -1365,7 +1514,22 @@ def findings(args, calibration, rows):
     return found
 
 
-def setting_of(args, base, calibration):
+def without_calibration(rows):
+    """Image AUROC of the scores that the same pass would have given without calibration."""
+    labels = np.array([row.label for row in rows])
+    scores = np.array([row.plain for row in rows])
+    classes = np.array([row.cls for row in rows])
+    pixel = scores[:, None, None], labels[:, None, None]  # only the image metrics are wanted
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is undefined the pass itself warns
+        rep = metrics.evaluate(*pixel, scores, labels, classes)
+    return {
+        "I-AUROC, not calibrated": rep["mean"]["i_auroc"],
+        "pool's I-AUROC, not calibrated": rep["mixed"]["i_auroc"],
+    }
+
+
+def setting_of(args, base, calibration, state):
     """What stands above the table."""
     setting = {"image size": args.image_size, "base": args.base_run or args.base}
     if isinstance(base, Trained):
@@ -1378,6 +1542,7 @@ def setting_of(args, base, calibration):
     setting["calibration"] = args.calibrate
     if args.calibrate != "none":
         setting["statistics"] = f"mean, {args.statistic}"
+        setting["fitted on"] = state["fitted_on"]
     if calibration.head is not None:
         setting["regressor"] = args.regressor
         setting["dropout"] = args.dropout
@@ -1386,7 +1551,8 @@ def setting_of(args, base, calibration):
     if args.contaminate:
         setting["defective test images moved to training"] = args.contaminate
     if args.smoothing:
-        setting["smoothing"] = f"{args.smoothing}x{args.smoothing} Gaussian, sigma 4"
+        window = f"{args.smoothing}x{args.smoothing} Gaussian, sigma 4"
+        setting["smoothing"] = f"{window}, {args.padding} outside"
     else:
         setting["smoothing"] = "that of the base's run" if args.base_run else "none"
     setting["image score"] = name_of_rule(args.score)
@@ -1400,7 +1566,8 @@ def count_parameters(module):
 def report_thresholds(args, run, plain, related):
     """calibration.json, Fig. 5 and the table of one threshold.
 
-    plain: the pass without calibration, or None. related: `correlations`.
+    plain: the pass without calibration, or None. related: `correlations`. Returns the rows
+    (path, class, label, score).
     """
     with open(run.out / "scores.csv") as file:
         records = list(csv.DictReader(file))
@@ -1408,11 +1575,14 @@ def report_thresholds(args, run, plain, related):
     parts = {"without calibration": rows}
     if plain:
         parts = {"without calibration": plain.rows, f"calibration: {args.calibrate}": rows}
-    thresholds = {title: pool_threshold(part) for title, part in parts.items()}
-    content = json.dumps({"threshold": thresholds, "correlation": related}, indent=1) + "\n"
+    best = {title: best_threshold(part) for title, part in parts.items()}
+    alarms = {title: alarm_threshold(part) for title, part in parts.items()}
+    content = {"threshold": best, "threshold at 5 % false alarms": alarms, "correlation": related}
+    content = json.dumps(content, indent=1) + "\n"
     runtime.write_atomic(run.out / "calibration.json", content.encode())
     pictures.distributions(run.out / "pictures" / "distributions.png", parts)
-    run.say(threshold_table(thresholds))
+    run.say(threshold_table("one threshold: best F1", best))
+    run.say(threshold_table("5 % false alarms", alarms))
     for name, values in related.items():
         known = [value for value in values.values() if value is not None]
         if known:
@@ -1420,6 +1590,7 @@ def report_thresholds(args, run, plain, related):
                 f"correlation of expected and own γ inside a class, {name} images: mean "
                 f"{np.mean(known):+.2f}, from {min(known):+.2f} to {max(known):+.2f}"
             )
+    return rows
 
 
 if __name__ == "__main__":

@@ -71,21 +71,28 @@ def _brighten(x, amount):
     Scaling each pixel by V'/V would be the same in exact arithmetic, but the truncation to 8 bits turns the last bit
     of a float into a grey level, so this goes the way of the benchmark: to HSV and back, by the textbook.
     """
-    r, g, b = x[..., 0], x[..., 1], x[..., 2]  # (H, W) each, as are h, s, v below
-    v, low = x.max(axis=-1), x.min(axis=-1)
-    delta = v - low
+    r, g, b = np.moveaxis(x, -1, 0)  # (H, W) each, as are h, s, v below
+    v = x.max(axis=-1)
+    delta = v - x.min(axis=-1)
     grey = delta == 0
     safe = np.where(grey, 1, delta)
-    h = np.select([b == v, g == v], [4 + (r - g) / safe, 2 + (b - r) / safe], (g - b) / safe) / 6 % 1
+    blue_largest = 4 + (r - g) / safe
+    green_largest = 2 + (b - r) / safe
+    red_largest = (g - b) / safe
+    h = np.select([b == v, g == v], [blue_largest, green_largest], red_largest) / 6 % 1
     h = np.where(grey, 0, h)
     s = np.where(grey, 0, delta / np.where(v == 0, 1, v))
 
     v = np.clip(v + amount, 0, 1)
     sextant = np.floor(h * 6)
     f = h * 6 - sextant
-    p, q, t = v * (1 - s), v * (1 - f * s), v * (1 - (1 - f) * s)
+    p = v * (1 - s)
+    q = v * (1 - f * s)
+    t = v * (1 - (1 - f) * s)
     sextant = sextant.astype(int) % 6
-    r, g, b = (np.choose(sextant, c) for c in ((v, q, p, p, t, v), (t, v, v, q, p, p), (p, p, t, v, v, q)))
+    r = np.choose(sextant, (v, q, p, p, t, v))
+    g = np.choose(sextant, (t, v, v, q, p, p))
+    b = np.choose(sextant, (p, p, t, v, v, q))
     return np.stack([r, g, b], axis=-1)
 
 
@@ -98,8 +105,10 @@ def _disc(radius, sigma):
     """
     half, reach = (8, 1) if radius <= 8 else (radius, 2)
     i = np.arange(-half, half + 1)
-    disc = (i[:, None] ** 2 + i[None, :] ** 2 <= radius**2).astype(float)
-    taps = np.exp(-(np.arange(-reach, reach + 1.0) ** 2) / (2 * sigma**2))
+    distance = i[:, None] ** 2 + i[None, :] ** 2  # (K, K), squared
+    disc = (distance <= radius**2).astype(float)
+    t = np.arange(-reach, reach + 1.0)
+    taps = np.exp(-(t**2) / (2 * sigma**2))
     taps /= taps.sum()
     return _filter(disc / disc.sum(), np.outer(taps, taps))
 

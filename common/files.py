@@ -203,7 +203,6 @@ def _marks(image):
 def _seems_cut(path, image):
     """Whether a file lacks its end. A cheap look: who is suspected is decoded, and only that can convict."""
     length = os.path.getsize(path)
-    width, height = image.size
     with open(path, "rb") as file:
         head = file.read(_HEAD)
         file.seek(max(0, length - _HEAD))
@@ -215,7 +214,7 @@ def _seems_cut(path, image):
     if image.format == "WEBP":
         return length < 8 + int.from_bytes(head[4:8], "little")
     if image.format == "BMP":
-        return length < width * height * len(image.getbands())
+        return length < int.from_bytes(head[2:6], "little")
     return image.format == "TIFF" and _strips_end(image) > length
 
 

@@ -34,13 +34,18 @@ def _gaussian_matrix(size, sigma, device):
     return torch.zeros(size, size).scatter_add_(1, at, weight).to(device)
 
 
-def gaussian_window(maps, side, sigma=4.0):
-    """A window of side² Gaussian weights, zeros outside the map: (B, S, S) -> (B, S, S).
+def gaussian_window(maps, side, sigma=4.0, padding="zeros"):
+    """A window of side² Gaussian weights: (B, S, S) -> (B, S, S).
 
-    side: odd; 0 leaves the maps as they are. 5 with sigma 4 is nearly a box.
+    side: odd; 0 leaves the maps as they are. 5 with sigma 4 is nearly a box. padding: what lies
+    outside the map, "zeros" or "reflect" (the map mirrored about its outermost pixels).
     """
     if side == 0:
         return maps
+    if padding == "reflect" and side > 1:
+        margin = side // 2
+        wide = F.pad(maps[:, None], (margin, margin, margin, margin), mode="reflect")[:, 0]
+        return gaussian_window(wide, side, sigma)[:, margin:-margin, margin:-margin]
     offset = torch.arange(side, device=maps.device) - side // 2
     line = torch.exp(-0.5 * (offset / sigma) ** 2)
     line = (line / line.sum()).view(1, 1, 1, side)

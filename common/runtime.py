@@ -890,6 +890,21 @@ def _misfit(ours, theirs, error):
     return f"does not fit this model: {str(error).splitlines()[-1].strip()[:200]}"
 
 
+def check_normal_score(args, state, names):
+    """--predict: files must be scored as the training images were whose scores they are compared
+    with, with the same values of the options `names`. Raises UsageError where they changed."""
+    if not args.predict:
+        return
+    for name in names:
+        before, now = state["args"][name], getattr(args, name)
+        if before != now:
+            raise UsageError(
+                f"--predict: the checkpoint's normal score was taken with "
+                f"--{name.replace('_', '-')} {before}, so it says nothing about {now}; leave "
+                "that option out"
+            )
+
+
 def environment():
     """Versions and machine, for metrics.json."""
     from importlib.metadata import PackageNotFoundError, version

@@ -34,6 +34,7 @@ import statistics
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,10 @@ COLUMNS = {
 # Of a training with the laptop preset, on the embedded data and two cores: the scripts' docstrings.
 MINUTES = {"onenip": 5, "omniad": 4, "roads": 3, "cada": 2}
 
-# This command sets these itself.
+# Options of the scripts that leave a result as it is: runs with others of them are reused.
+FREE = ("data_root", "device", "workers", "log_every", "checkpoint_every")
+
+# Options that this command sets itself.
 OWN_WORDS = ("data", "seed", "seeds", "out", "eval", "resume", "overwrite", "predict", "shift")
 
 SHIFTS = ("brightness:3", "contrast:3", "defocus_blur:3", "gaussian_noise:3")
@@ -149,6 +153,7 @@ def name_of(paper, data, words, seed):
         readable = [paper, Path(data).name]
     else:
         readable = [paper, papers.by_name(data)]
+    words = without_free(words)
     readable += [word.removeprefix("--") for word in words]
     text = "-".join(readable)
     name = re.sub(r"[^\w.,+-]", "_", text)[:80]
@@ -156,6 +161,23 @@ def name_of(paper, data, words, seed):
         digest = hashlib.sha1("\0".join([paper, data, *words]).encode()).hexdigest()
         name += f"-{digest[:8]}"
     return f"{name}-seed{seed}"
+
+
+def without_free(words):
+    """The words without the options `FREE` and their values."""
+    kept, keep = [], True
+    for word in words:
+        if word.startswith("--"):
+            keep = option_of(word) not in FREE
+        if keep:
+            kept.append(word)
+    return kept
+
+
+def option_of(word):
+    """--no-save-maps, --save-maps=x -> save_maps."""
+    name = word.partition("=")[0].removeprefix("--").removeprefix("no-")
+    return name.replace("-", "_")
 
 
 def folder_of(args, name, commit):
@@ -254,12 +276,12 @@ class Runner:
     def _locked(self, job, lock):
         command, output = job.next_command(), job.folder / "output.txt"
         self.say(f"python {shlex.join(command)}")
+        began = time.monotonic()
         status = self._wait(command, output, lock)
         if self.stopped:
             return
         if status == 0 and job.state == "finished":
-            seconds = json.loads((job.folder / "metrics.json").read_text())["seconds"]
-            self.say(f"finished after {sum(seconds.values()):.0f} s: {job.folder}")
+            self.say(f"finished after {time.monotonic() - began:.0f} s: {job.folder}")
         elif status == 0:
             self._fail(job.folder, "it wrote no metrics.json")
         else:
@@ -634,14 +656,10 @@ def printed(number):
     """The paper's (number, deviation) -> text, with the digits that the paper prints."""
     if number is None:
         return "-"
-    text, deviation = two_digits(number[0]), number[1]
-    return text if deviation is None else f"{text} ± {two_digits(deviation)}"
-
-
-def two_digits(number):
-    """97.85 -> "97.85"; 97.8 -> "97.8"."""
-    text = f"{number:.2f}"
-    return text.removesuffix("0")
+    mean, deviation = number
+    if deviation is not None:
+        return f"{mean:.2f} ± {deviation:.2f}"
+    return f"{mean:.2f}".removesuffix("0")  # 97.85 has two, 97.8 has one
 
 
 def pipes(cells, widths):
@@ -659,14 +677,14 @@ def overview():
     """All tables, their rows and what they cost."""
     lines = []
     for paper, tables in papers.TABLES.items():
-        lines += ["", f"{papers.TITLES[paper]:<58}{'rows':>6}{'trainings':>11}{'evaluations':>13}"]
+        lines += ["", f"{papers.TITLES[paper]:<63}{'rows':>6}{'trainings':>11}{'evaluations':>13}"]
         for table, about in tables.items():
             rows = [row for row in papers.rows(paper, table) if row.options is not None]
             shift = has_shifts(rows)
             trainings = {split(paper, row.options)[0] for row in rows}
             evaluations = {row.options for row in rows if shift or split(paper, row.options)[1]}
             counts = f"{len(rows):>6}{len(trainings):>11}{len(evaluations):>13}"
-            lines.append(f"  {f'{paper} {table}':<12}{about:<44}{counts}")
+            lines.append(f"  {f'{paper} {table}':<12}{about:<49}{counts}")
     minutes = ", ".join(f"{paper} {count}" for paper, count in MINUTES.items())
     lines += [
         "",
@@ -759,12 +777,11 @@ def check_words(args, rows):
     for row in rows:
         varied |= papers.settings(row.options)
     for word in args.words:
-        name = word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
         if not word.startswith("--"):
             continue
-        if name in OWN_WORDS:
+        if option_of(word) in OWN_WORDS:
             raise UsageError(f"{word} after --: this command sets it itself")
-        if name in varied:
+        if option_of(word) in varied:
             raise UsageError(f"{word} after --: Table {args.table} varies it, row by row")
 
 
@@ -782,34 +799,45 @@ def main(argv=None):
     possible = [row for row in rows if row.options is not None]
     check_words(args, possible)
     commit = current_commit()
-    if commit.endswith("+") and not args.dry_run:
-        print(
-            f"warning: the checkout is changed since {commit[:-1]}: all its runs count as of the "
-            "same code",
-            file=sys.stderr,
-        )
     shift, chains = has_shifts(possible), {}
     for row in possible:
         chains[row.name] = {}
         for seed in args.seeds:
             chains[row.name][seed] = chain_of(row, seed, shift, args, commit)
-    runner = Runner(args.jobs)
     if args.dry_run:
-        for training, evaluations in joined(chains).items():
-            for job in (training, *evaluations):
-                print(f"{job.state}: python {shlex.join(job.next_command())}")
-    else:
-        columns = columns_of([line for row in possible for line in row.lines], args.metrics)
-        costs = []
-        if any(column.metric in papers.COSTS for column in columns):  # the same for all seeds
-            costs = [of_seed[args.seeds[0]][0] for of_seed in chains.values()]
-        runner.run(joined(chains), costs)
-    table = Table(args, rows, chains, runner.failed)
-    print(f"\n{table.text()}", end="")
-    if args.dry_run:
+        print_commands(chains)
+        print(f"\n{Table(args, rows, chains, {}).text()}", end="")
         return 0
+    warn_of_changes(commit)
+    failed = run(args, possible, chains)
+    table = Table(args, rows, chains, failed)
+    print(f"\n{table.text()}", end="")
     write(args, table)
-    return 1 if runner.failed else 0
+    return 1 if failed else 0
+
+
+def print_commands(chains):
+    """What would be run, and what is there already."""
+    for training, evaluations in joined(chains).items():
+        for job in (training, *evaluations):
+            print(f"{job.state}: python {shlex.join(job.next_command())}")
+
+
+def warn_of_changes(commit):
+    if commit.endswith("+"):
+        text = "its uncommitted changes are not looked at: all runs of it count as of one code"
+        print(f"warning: checkout {commit}: {text}", file=sys.stderr)
+
+
+def run(args, rows, chains):
+    """Run what is not finished. Returns {folder: why} of what failed."""
+    columns = columns_of([line for row in rows for line in row.lines], args.metrics)
+    costs = []
+    if any(column.metric in papers.COSTS for column in columns):  # the same for all seeds
+        costs = [of_seed[args.seeds[0]][0] for of_seed in chains.values()]
+    runner = Runner(args.jobs)
+    runner.run(joined(chains), costs)
+    return runner.failed
 
 
 def joined(chains):
@@ -845,6 +873,9 @@ def launch():
     except KeyboardInterrupt:
         print("tables: interrupted; the same command goes on where it was", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # nobody reads on: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":

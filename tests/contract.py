@@ -92,15 +92,21 @@ def check_killed_and_resumed(script, words, finished, out, command, metrics_of):
 
 
 def check_predict(script, columns, finished, tiny_data, out, command):
-    """Scores and heat-maps of unlabelled images, without the training data; a score equals the evaluation's."""
+    """Scores and heat-maps of unlabelled images, without the training data; a score equals the evaluation's. What is no
+    image costs its own row only, and the status. columns: the method's own."""
     chosen, folder = list(csv.DictReader(open(finished[0] / "scores.csv")))[3], tiny_data / "screw" / "train"
-    done = command(script.__name__, "--eval", finished[0] / "checkpoint.pt", "--predict", chosen["path"], folder,
-                   "--out", out)
-    assert done.status == 0
+    out.parent.mkdir(exist_ok=True)
+    broken = out.parent / "text.png"
+    broken.write_text("no picture")
+    words = ("--eval", finished[0] / "checkpoint.pt", "--predict", chosen["path"], broken, folder, "--out", out)
+    done = command(script.__name__, *words)
+    assert done.status == 1 and "text.png" in done.err and done.err.count("\n") == 1
     written = list(csv.DictReader(open(out / "predictions.csv")))
-    assert list(written[0]) == ["path", "score", *columns] and len(written) == 7
+    assert list(written[0]) == ["path", "score", "ratio", "verdict", *columns, "reason"] and len(written) == 8
     assert float(written[0]["score"]) == pytest.approx(float(chosen["score"]), rel=1e-4)
-    assert len(list((out / "pictures").iterdir())) == 7
+    assert [bool(row["score"]) for row in written] == [bool(not row["reason"]) for row in written]
+    assert [row["path"] for row in written if row["reason"]] == [str(broken)]
+    assert len(list((out / "pictures").rglob("*.png"))) == 7 and (out / "predictions.html").is_file()
 
 
 def check_good_images_only(script, words, tiny_data, folder, command):

@@ -4,7 +4,8 @@
 
 Four things differ from omniad.py, and nothing else:
   1. All tokens start at zero. So the key/value tokens get equal gradients, and stay equal to one another.
-  2. A learned bias is added to the attention weights after the softmax.
+  2. A learned bias is added to the attention weights after the softmax. It decays, as there: only one-dimensional
+     parameters do not.
   3. The attention's output passes through a random two-layer net instead of a learned matrix. The released code draws
      it anew in every call; here it is drawn once and kept in the checkpoint, so that results can be reproduced.
   4. The global branch adds its input x once more.

@@ -358,6 +358,18 @@ class Drawn:
         return torch.from_numpy(np.stack(maps)).float(), torch.from_numpy(np.stack(phi)).float()
 
 
+class Fixed:
+    """Stands in for the calibration: what it expects is given, γ̂ - û is at least 1e-6."""
+
+    floor = torch.tensor(1e-6)
+
+    def __init__(self, u_hat, gamma_hat):
+        self.expected = u_hat, gamma_hat, torch.full((len(u_hat),), -1)
+
+    def __call__(self, phi, samples):
+        return self.expected
+
+
 def drawn_samples(per_class, label=0, start=0):
     return [sample(f"{c}-{i}{'-bad' * label}", c, label) for c in "abcd" for i in range(start, start + per_class)]
 
@@ -387,7 +399,7 @@ def test_calibration_makes_one_pool_of_very_different_classes(calibrate, statist
         maps = Drawn()(None, [s for s in drawn_samples(20) if s.cls == cls])[0].numpy()
         u, top = maps.mean(), maps.max((1, 2)).mean()
         if statistic == "std":
-            top = u + 3 * maps.reshape(20, -1).std(axis=1, ddof=1).mean()
+            top = u + 3 * maps.std()  # over all pixels of the class
         elif statistic == "score":  # not smoothed here: the mean of the highest 16 of 1,600 pixels
             top = np.sort(maps.reshape(20, -1))[:, -16:].mean()
         assert calibration.statistics[c].tolist() == pytest.approx([u, top], rel=1e-4)
@@ -399,11 +411,37 @@ def test_calibration_makes_one_pool_of_very_different_classes(calibrate, statist
     assert state["normal_score"] > 0 and state["step"] == (1000 if calibrate in ("classifier", "cada") else 0)
 
 
+def test_the_smallest_range_is_that_of_a_training_image(tmp_path):
+    """A head that expects γ̂ below û, or hardly above it, must not blow up a map: γ̂ - û is held to the smallest range
+    that a training image's own map has."""
+    calibration, _, args, run = calibrated(tmp_path, calibrate="given")
+    maps, _ = Drawn()(None, drawn_samples(20))
+    smallest = min((m.max() - m.mean()).item() for m in maps)
+    assert calibration.floor.item() == pytest.approx(smallest)
+    calibration.statistics[:, 1] = calibration.statistics[:, 0] - 1
+    score, samples = cada.Scorer(args, run, Drawn(), calibration), drawn_samples(2)
+    raw = Drawn()(None, samples)[0]
+    u = calibration.statistics[["abcd".index(s.cls) for s in samples], 0][:, None, None]
+    torch.testing.assert_close(score(None, samples)[0], (raw - u) / smallest)
+    assert cada.findings(args, calibration, score.seen_of(samples))["clamped"] == len(samples)
+
+
+def test_uniad_starts_as_its_authors_do():
+    """Query, key and value projections are parts of one (3D, D) matrix at the start, uniform within √(6/4D); the others
+    within √(6/(in + out))."""
+    model, _, _ = make("uniad", hidden=64)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            joint = name.endswith(("to_q", "to_k", "to_v"))
+            bound = (6 / (4 * 64 if joint else module.in_features + module.out_features)) ** 0.5
+            assert 0.97 * bound < module.weight.abs().max() <= bound, name
+
+
 def test_calibration_formula_comes_before_the_smoothing(tmp_path):
     """(M - û)/(γ̂ - û), at least 1e-6 in the denominator, then the 5x5 window, zeros outside; mean of the top 1 %."""
     u, gamma = torch.tensor([0.5, 0.2]), torch.tensor([2.0, 0.1])  # the second is clamped
     args = cada.Args(image_size=40)
-    calibration = lambda phi, samples: (u, gamma, torch.tensor([-1, -1]))
+    calibration = Fixed(u, gamma)
     score = cada.Scorer(args, runtime.Run("cada", tmp_path, torch.device("cpu")), Drawn(), calibration)
     samples = [sample("a-1"), sample("a-2")]
     raw = Drawn()(None, samples)[0].double().numpy()
@@ -415,7 +453,7 @@ def test_calibration_formula_comes_before_the_smoothing(tmp_path):
         expected = np.array([[(m[i:i + 5, j:j + 5] * weight).sum() for j in range(40)] for i in range(40)])
         np.testing.assert_allclose(maps[n].numpy(), expected, rtol=1e-3, atol=1e-4 * abs(expected).max())
         assert scores[n].item() == pytest.approx(np.sort(expected.ravel())[-16:].mean(), rel=1e-3)
-    rows = score.statistics_of(samples)
+    rows = score.seen_of(samples)
     assert [(row.cls, row.label, row.chosen) for row in rows] == [("a", 0, -1)] * 2
     assert [row.u_hat for row in rows] == pytest.approx([0.5, 0.2])
     assert [row.gamma_hat for row in rows] == pytest.approx([2.0, 0.1])
@@ -430,12 +468,11 @@ def test_statistic_score_is_the_image_score(smoothing, score, tmp_path):
     samples = drawn_samples(3)
     maps = Drawn()(None, samples)[0]
     u, gamma = cada.map_statistics(maps, args)
-    none = torch.full((12,), -1)
     run = runtime.Run("cada", tmp_path, torch.device("cpu"))
-    scorer = cada.Scorer(args, run, Drawn(), lambda phi, samples: (u, gamma, none))
+    scorer = cada.Scorer(args, run, Drawn(), Fixed(u, gamma))
     assert torch.equal(gamma, scorer.plain(None, samples)[1])
     torch.testing.assert_close(scorer(None, samples)[1], torch.ones(12), rtol=0, atol=0.15 if smoothing else 1e-5)
-    assert [row.gamma for row in scorer.statistics_of(samples)] == gamma.tolist()
+    assert [row.gamma for row in scorer.seen_of(samples)] == gamma.tolist()
 
 
 def test_remembered_maps_change_nothing(tmp_path):
@@ -460,7 +497,7 @@ def test_correlations():
     """Pearson's r per class and label; undefined for constants and for fewer than three images."""
     rng = np.random.default_rng(0)
     def seen(cls, label, gamma_hat, gamma):
-        return cada.Seen(cls, label, 0.0, gamma_hat, gamma, -1)
+        return cada.Seen(cls, label, 0.0, gamma_hat, gamma, 0.0, -1)
 
     rows = [seen("a", label, *rng.normal(size=2)) for label in (0, 1) for _ in range(9)]
     rows += [seen("b", 0, 1.5, own) for own in rng.normal(size=5)]
@@ -473,17 +510,22 @@ def test_correlations():
         assert found[name]["b"] is None
 
 
-def test_pool_threshold():
-    """The best F1 over every threshold, by trying all; ties go together; per class what that one threshold does."""
+def drawn_rows():
+    """Sixty images of two classes, whose scores overlap and have ties."""
     rng = np.random.default_rng(1)
-    rows = [(str(i), "ab"[i % 2], int(label), float(round(rng.normal() + 1.5 * label + i % 2, 1)))
+    return [(str(i), "ab"[i % 2], int(label), float(round(rng.normal() + 1.5 * label + i % 2, 1)))
             for i, label in enumerate(rng.integers(0, 2, 60))]
-    got = cada.pool_threshold(rows)
 
-    def f1(part, t):
-        hits = sum(r[3] >= t and r[2] for r in part)
-        return 2 * hits / (sum(r[3] >= t for r in part) + sum(r[2] for r in part))
 
+def f1(part, threshold):
+    hits = sum(row[3] >= threshold and row[2] for row in part)
+    return 2 * hits / (sum(row[3] >= threshold for row in part) + sum(row[2] for row in part))
+
+
+def test_best_threshold():
+    """The best F1 over every threshold, by trying all; ties go together; per class what that one threshold does."""
+    rows = drawn_rows()
+    got = cada.best_threshold(rows)
     assert got["f1"] == pytest.approx(max(f1(rows, r[3]) for r in rows)) == pytest.approx(f1(rows, got["threshold"]))
     for cls, values in got["classes"].items():
         part = [r for r in rows if r[1] == cls]
@@ -491,9 +533,27 @@ def test_pool_threshold():
         assert values["f1"] == pytest.approx(f1(part, got["threshold"]))
         assert values["false_alarms"] == pytest.approx(np.mean([s >= got["threshold"] for s in good]))
         assert values["missed"] == pytest.approx(np.mean([s < got["threshold"] for s in bad]))
-    assert "pool" in cada.threshold_table({"before": got, "after": got})
-    good = cada.pool_threshold([row for row in rows if not row[2]])  # nothing to find
-    assert good["f1"] == 0 and good["classes"]["a"]["missed"] is None and "-" in cada.threshold_table({"good": good})
+        right = (1 - values["false_alarms"] + 1 - values["missed"]) / 2
+        assert values["balanced_accuracy"] == pytest.approx(right)
+    assert "pool" in cada.threshold_table("best F1", {"before": got, "after": got})
+    good = cada.best_threshold([row for row in rows if not row[2]])  # nothing to find
+    assert good["f1"] == 0 and good["classes"]["a"]["missed"] is None and good["balanced_accuracy"] is None
+    assert "-" in cada.threshold_table("best F1", {"good": good})
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.2, 0.5])
+def test_alarm_threshold(rate):
+    """No more than the stated share of good images above it, and no lower threshold of which that is true."""
+    rows = drawn_rows()
+    got = cada.alarm_threshold(rows, rate)
+    good = np.array([row[3] for row in rows if not row[2]])
+    assert got["false_alarms"] == np.mean(good > got["threshold"]) <= rate
+    lower = good[good < got["threshold"]].max()
+    assert np.mean(good > lower) > rate
+    defective = np.array([row[3] for row in rows if row[2]])
+    assert got["missed"] == np.mean(defective <= got["threshold"])
+    assert cada.alarm_threshold([row for row in rows if row[2]]) is None
+    assert cada.threshold_table("5 %", {"none": None}) == ""
 
 
 def test_contamination_moves_the_right_images():
@@ -566,10 +626,15 @@ def test_end_to_end(finished):
     assert {"loss", "lr", "images_per_s"} <= set(log[0])
     assert state["step"] == 22 and state["normal_score"] > 0 and len(state["classes"]) == 8
     assert result["setting"]["clamped"] >= 0 and result["setting"]["steps"] == 12
+    setting, pooled = result["setting"], result["compare"]["without calibration"]
+    assert setting["I-AUROC, not calibrated"] == pytest.approx(pooled["mean"]["i_auroc"])
+    assert setting["pool's I-AUROC, not calibrated"] == pytest.approx(pooled["mixed"]["i_auroc"])
     own = json.loads((finished[0] / "calibration.json").read_text())
-    assert set(own["threshold"]) == {"without calibration", "calibration: cada"}
+    for kind in ("threshold", "threshold at 5 % false alarms"):
+        assert set(own[kind]) == {"without calibration", "calibration: cada"}
     assert set(own["correlation"]["good"]) == set(result["classes"])
-    assert (finished[0] / "pictures" / "distributions.png").is_file()
+    for name in ("distributions", "pixels", "changed"):
+        assert (finished[0] / "pictures" / f"{name}.png").is_file()
 
 
 def test_evaluation_repeats_the_run_and_does_stage_two_again_where_asked(finished, tmp_path, command, metrics_of):
@@ -592,6 +657,36 @@ def test_evaluation_repeats_the_run_and_does_stage_two_again_where_asked(finishe
     assert command("cada", "--eval", checkpoint, "--calibrate", "none", "--out", tmp_path / "none").status == 0
     none = metrics_of(tmp_path / "none")
     assert "compare" not in none and none["mixed"] == before["compare"]["without calibration"]["mixed"]
+
+
+def test_a_fit_on_other_data_must_be_asked_for(finished, tiny_data, tmp_path, command, metrics_of):
+    """--eval on other data uses the calibration as it is; with another calibration it would be fitted on that data's
+    training images: only with --refit, and the report says on what."""
+    words = ("--eval", finished[0] / "checkpoint.pt", "--classes", "screw,capsule")
+    assert command("cada", *words, "--out", tmp_path / "same").status == 0
+    assert metrics_of(tmp_path / "same")["setting"]["fitted on"] == str(tiny_data)
+    done = command("cada", *words, "--calibrate", "given", "--out", tmp_path / "refused")
+    assert done.status == 2 and "--refit" in done.err and "--calibrate" in done.err and done.err.count("\n") == 1
+    assert command("cada", *words, "--calibrate", "given", "--refit", "--out", tmp_path / "refit").status == 0
+    assert metrics_of(tmp_path / "refit")["setting"]["fitted on"] == f"{tiny_data}, screw,capsule only"
+
+
+def test_contaminated_training_images_stay_out_of_the_test_set(tiny_data, tmp_path, command, metrics_of):
+    """The defects that the base has seen are no test images at --eval either, whatever classes are evaluated; on other
+    data nothing was moved, so nothing is."""
+    words = ("--data", tiny_data, *SMALL, "--steps", 1, "--calibrate", "none", "--contaminate", 0.5)
+    out, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoint.pt"
+    assert command("cada", *words, "--classes", "screw,capsule", "--out", out).status == 0
+    tested = {row["path"] for row in csv.DictReader(open(out / "scores.csv"))}
+    assert command("cada", "--eval", checkpoint, "--classes", "capsule", "--out", tmp_path / "one").status == 0
+    again = {row["path"] for row in csv.DictReader(open(tmp_path / "one" / "scores.csv"))}
+    assert again == {path for path in tested if "capsule" in path} and len(again) == 5
+    for change in (("--contaminate", 0), ("--contaminate", 0.25), ("--seed", 3)):
+        done = command("cada", "--eval", checkpoint, *change, "--out", tmp_path / "no")
+        assert done.status == 2 and "--contaminate 0.5" in done.err and done.err.count("\n") == 1
+    other = shutil.copytree(tiny_data / "hex_nut", tmp_path / "other" / "thing").parent
+    assert command("cada", "--eval", checkpoint, "--data", other, "--classes", "thing", "--out", tmp_path / "o").status == 0
+    assert metrics_of(tmp_path / "o")["images"] == 7
 
 
 def test_statistic_score_follows_the_scoring_options(finished, tmp_path, command):
@@ -652,13 +747,14 @@ def test_interrupted_in_stage_two_and_resumed(step, finished, tiny_data, tmp_pat
 
 
 def test_predict(finished, tiny_data, tmp_path, command):
-    contract.check_predict(cada, ("ratio",), finished, tiny_data, tmp_path / "p", command)
+    contract.check_predict(cada, (), finished, tiny_data, tmp_path / "p", command)
 
 
 @pytest.mark.parametrize("words", [
     ("--base", "recontrast"), SMALL_UNIAD, ("--cosine", "location"), ("--calibrate", "none"), ("--calibrate", "given"),
     ("--calibrate", "classifier"), ("--statistic", "std"), ("--statistic", "score"), ("--regressor", "0+3"),
     ("--regressor", "2+2", "--head-kernel", 3), ("--dropout", 0.75), ("--score", "top0.1"), ("--contaminate", 0.5),
+    ("--padding", "reflect"),
     ("--schedule", "step"), ("--clip", 0.1), ("--depths", "2,1,2,1"),
     ("--backbone", "resnet18", "--weights", "random"), ("--memory-share", 0), ("--amp", "bf16")])
 def test_every_base_and_ablation_runs(words, tiny_data, tmp_path, command, metrics_of):
@@ -806,6 +902,7 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
         (("--eval", checkpoint, "--contaminate", 0.5), "--contaminate"),
         (("--eval", checkpoint, "--predict", tiny_data, "--calibrate", "given"), "given"),
         (("--eval", checkpoint, "--predict", tiny_data, "--dropout", 0.5), "--predict"),
+        (("--eval", checkpoint, "--predict", tiny_data, "--smoothing", 0), "--smoothing"),
         ((*drawn, "--lr", "1e30", "--steps", 4), "NaN"),
     ]
     contract.check_bad_input(cada, cases, SMALL, finished, tmp_path, command)

@@ -32,6 +32,18 @@ def test_window_pads_with_zeros(side):
     assert maps.gaussian_window(x, 0) is x
 
 
+@pytest.mark.parametrize("side", [3, 5])
+def test_window_that_reflects(side):
+    """The map is mirrored about its outermost pixels; a constant map stays what it is."""
+    x = drawn(2, 12, 12)
+    weight = np.exp(-0.5 * ((np.arange(side) - side // 2) / 4) ** 2)
+    weight = np.outer(weight, weight) / weight.sum() ** 2
+    expected = [scipy.ndimage.correlate(m, weight, mode="mirror") for m in x.double().numpy()]
+    np.testing.assert_allclose(maps.gaussian_window(x, side, padding="reflect").numpy(), expected, atol=1e-6)
+    flat = maps.gaussian_window(torch.ones(1, 9, 9), side, padding="reflect")
+    torch.testing.assert_close(flat, torch.ones(1, 9, 9))
+
+
 @pytest.mark.parametrize("side", [1, 4, 12, 99])
 def test_box_takes_whole_windows(side):
     """Means of all windows inside the map, literally; a window larger than the map is the map."""

@@ -50,7 +50,10 @@ def test_parameter_counts_of_the_paper(changes, count):
 
 def test_parts_of_the_paper_model():
     model = onenip.OneNIP(272, 14, onenip.Args())
-    size = lambda *parts: sum(p.numel() for part in parts for p in part.parameters())
+
+    def size(*parts):
+        return sum(p.numel() for part in parts for p in part.parameters())
+
     assert size(model.encoder) == 3_159_040
     assert size(model.decoder, model.final_attention, model.norm) == 4_477_440
     assert size(model.refiner) == 592_769
@@ -73,6 +76,12 @@ def test_features_are_frozen_and_of_the_paper_size():
     assert out.shape == (1, 272, 4, 4) and not out.requires_grad
     assert not any(p.requires_grad for p in features.parameters())
     assert not any(m.training for m in features.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d))
+
+
+def test_paper_preset_resizes_masks_as_the_authors_do():
+    """By nearest neighbour, which moves P-AP; our own default, half, elsewhere."""
+    preset = {data: runtime.parse(onenip.Args, onenip.PRESETS, "", ["--data", data]) for data in ("mvtec", "synth")}
+    assert (preset["mvtec"].mask_rule, preset["synth"].mask_rule) == ("nearest", "half")
 
 
 # --------------------------------------------------------------------------------- model, against transcriptions
@@ -131,6 +140,16 @@ def test_decoder_is_equation_3():
     torch.testing.assert_close(got, expected)
 
 
+def test_dropout_is_where_the_authors_apply_it():
+    """In the encoder's MLPs and in UniAD's, not in those of OneNIP's decoder."""
+    model, _ = make(dropout=0.5)
+    uniad, _ = make(dropout=0.5, prompt="none")
+    model.train()
+    x = torch.randn(2, 16, 32)
+    for layer, random in ((model.encoder[0], True), (model.decoder[0], False), (uniad.decoder[0], True)):
+        assert torch.equal(layer.mlp(x), layer.mlp(x)) != random
+
+
 @pytest.mark.parametrize("prompt", ["none", "static"])
 def test_query_decoder_is_uniad(prompt):
     """Each layer's query (a learned table, or the encoded prompt) asks the encoder, then the layer before."""
@@ -155,6 +174,21 @@ def test_position_is_column_then_row():
             torch.testing.assert_close(pos[4 * r + c], torch.cat([model.column[c], model.row[r]]))
 
 
+def test_start_of_the_weights():
+    """Queries, keys and values start as in torch's own multi-head attention, all else Xavier; biases are zero."""
+    torch.manual_seed(0)
+    model = onenip.OneNIP(272, 14, onenip.Args(encoder_layers=1, decoder_layers=1))
+    layer = model.encoder[0].attention
+    torchs = torch.nn.MultiheadAttention(256, 8)
+    ours = torch.cat([layer.to_q.weight, layer.to_k.weight, layer.to_v.weight])
+    assert ours.std().item() == pytest.approx(torchs.in_proj_weight.std().item(), rel=0.01)
+    assert ours.abs().max().item() == pytest.approx(math.sqrt(6 / (4 * 256)), rel=0.001)
+    for linear in (layer.to_out, model.input, model.encoder[0].mlp[0]):
+        bound = math.sqrt(6 / sum(linear.weight.shape))
+        assert linear.weight.abs().max().item() == pytest.approx(bound, rel=0.001)
+    assert all(not m.bias.any() for m in model.modules() if isinstance(m, torch.nn.Linear))
+
+
 def test_jitter_has_the_stated_scale_and_is_off_in_evaluation():
     """Noise of standard deviation ‖token‖ · 20 / C on every token in training (feature jitter of UniAD)."""
     model, args = make(encoder_layers=0)
@@ -168,9 +202,9 @@ def test_jitter_has_the_stated_scale_and_is_off_in_evaluation():
 # -------------------------------------------------------------------------------------------------------- losses
 
 
-@pytest.mark.parametrize("form", ["code", "paper"])
-def test_dice_loss(form):
-    """Pixel by pixel against Eq. 7 and against the form of the code."""
+@pytest.mark.parametrize("form, factor, smoothing", [("code", 1, 1), ("paper", 2, 0), ("smooth", 2, 1)])
+def test_dice_loss(form, factor, smoothing):
+    """Pixel by pixel against Eq. 7, against the form of the code, and against both together."""
     g = torch.Generator().manual_seed(0)
     predicted, mask = torch.rand(2, 5, 7, generator=g), (torch.rand(2, 5, 7, generator=g) > 0.7).float()
     total = 0.0
@@ -179,9 +213,29 @@ def test_dice_loss(form):
         for row_hat, row in zip(m_hat, m):
             for a, b in zip(row_hat, row):
                 overlap, squares_hat, squares = overlap + a * b, squares_hat + a * a, squares + b * b
-        total += 1 - 2 * overlap / (squares_hat + squares) if form == "paper" else (
-            1 - (overlap + 1) / (squares_hat + squares + 1))
+        total += 1 - (factor * overlap + smoothing) / (squares_hat + squares + smoothing)
     assert onenip.dice_loss(predicted, mask, form).item() == pytest.approx(total / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("form, learns", [("code", True), ("paper", False), ("smooth", True)])
+def test_dice_loss_of_a_normal_image(form, learns):
+    """An empty mask: Eq. 7 as printed is the constant 1, so that nothing is learned from it, the smoothed forms push M̂
+    down; and zeros against zeros give a number."""
+    predicted = torch.full((2, 5, 7), 0.3, requires_grad=True)
+    loss = onenip.dice_loss(predicted, torch.zeros(2, 5, 7), form)
+    loss.backward()
+    assert bool((predicted.grad > 0).all()) == learns and bool(predicted.grad.any()) == learns
+    empty = torch.zeros(2, 5, 7, requires_grad=True)
+    loss = onenip.dice_loss(empty, torch.zeros(2, 5, 7), form)
+    loss.backward()
+    assert loss.item() == (0 if learns else 1) and torch.isfinite(empty.grad).all()
+
+
+def test_dice_loss_of_a_perfect_mask():
+    """0 with factor 2; the code's form, which lacks it, stays at about one half."""
+    mask = torch.zeros(1, 40, 40)
+    mask[:, 10:30, 10:30] = 1
+    assert [round(onenip.dice_loss(mask, mask, form).item(), 2) for form in ("paper", "smooth", "code")] == [0, 0, 0.5]
 
 
 @pytest.mark.parametrize("weights, factor", [("code", 1.0), ("paper", 0.5)])
@@ -324,29 +378,68 @@ def test_texture_ops_keep_shape_and_type():
             assert out.shape == (32, 32, 3) and out.dtype == np.uint8 and np.array_equal(texture, before)
 
 
+def test_hue_and_saturation_shift_independently():
+    """DRAEM adds one number of ±50 to the hue and another to the saturation (AddToHueAndSaturation, per channel)."""
+    hsv = np.full((8, 8, 3), (100, 120, 200), np.uint8)
+    texture = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
+    before, shifts = np.asarray(Image.fromarray(texture).convert("HSV")).astype(int)[0, 0], []
+    for seed in range(300):
+        changed = onenip._hue_saturation(texture, np.random.default_rng(seed))
+        shifts.append(np.asarray(Image.fromarray(changed).convert("HSV")).astype(int)[0, 0] - before)
+    shifts = np.array(shifts)
+    assert np.abs(shifts[:, :2]).max() <= 53 and shifts[:, 0].std() > 24 and shifts[:, 1].std() > 24  # ±3: rounding
+    assert abs(np.corrcoef(shifts[:, 0], shifts[:, 1])[0, 1]) < 0.2
+    assert np.abs(shifts[:, 2]).max() <= 1
+
+
+def test_solarize_inverts_what_is_at_or_above_its_threshold():
+    """imgaug's Solarize(0.5, threshold=(32, 128)): half of the textures; dark values stay, bright ones are inverted."""
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    inverted = 0
+    for seed in range(100):
+        out = onenip._solarize(ramp, np.random.default_rng(seed))
+        if np.array_equal(out, ramp):
+            continue
+        inverted += 1
+        first = int(np.argmax(out.reshape(-1, 3)[:, 0] != np.arange(256)))
+        assert 32 <= first <= 128
+        expected = np.where(ramp < first, ramp, 255 - ramp)
+        assert np.array_equal(out, expected)
+    assert 35 < inverted < 65
+
+
 def test_training_stream(tiny_data):
     """Sample k is a function of (seed, k); an epoch shows every image once; prompts are of the image's own class, all
     of them over time, or always the fixed one; a texture folder is used."""
     samples = data.load(str(tiny_data)).train
     images = data.Images(samples, 64)
-    classes = sorted({s.cls for s in samples})
-    fixed = {c: next(i for i, s in enumerate(samples) if s.cls == c) for c in classes}
+    fixed = onenip.fixed_prompts(samples, onenip.Args(seed=3))
+    assert fixed == onenip.fixed_prompts(samples, onenip.Args(prompt_seed=3))
+    assert fixed != onenip.fixed_prompts(samples, onenip.Args())
+    assert list(fixed) == sorted({s.cls for s in samples})
+    assert all(samples[i].cls == cls for cls, i in fixed.items())
     args = onenip.Args(**TINY, seed=3)
-    stream = onenip.Triplets(images, samples, args, fixed, whole_images=True)
+    stream = onenip.Triplets(images, args, fixed, 7, needs_images=True)
     n = len(samples)
+    assert stream.steps(epochs=2) == math.ceil(2 * n / 7), "no image of an epoch is dropped"
     items = [stream[k] for k in range(2 * n)]
-    assert sorted(item["index"] for item in items[:n]) == sorted(item["index"] for item in items[n:]) == list(range(n))
-    assert [i["index"] for i in items[:n]] != [i["index"] for i in items[n:]]
-    assert all(samples[i["index"]].cls == samples[i["prompt"]].cls for i in items)
-    assert any(i["index"] != i["prompt"] for i in items)
-    again = onenip.Triplets(images, samples, args, fixed, whole_images=True)[n + 5]
-    assert all(torch.equal(torch.as_tensor(again[key]), torch.as_tensor(items[n + 5][key])) for key in again)
-    assert torch.equal(again["normal_image"], images[again["index"]])
-    banked = onenip.Triplets(images, samples, dataclasses.replace(args, bank=3), fixed, False)
-    assert all(banked[k]["number"] // 3 == banked[k]["index"] for k in range(n)), "a pseudo-anomaly of this very image"
-    assert {banked[k]["number"] % 3 for k in range(n)} == {0, 1, 2}
-    once = onenip.Triplets(images, samples, dataclasses.replace(args, prompt_train="fixed"), fixed, False)
-    assert all(once[k]["prompt"] == fixed[samples[once[k]["index"]].cls] for k in range(8))
+    normal = [item["normal"]["index"] for item in items]
+    prompt = [item["prompt"]["index"] for item in items]
+    assert sorted(normal[:n]) == sorted(normal[n:]) == list(range(n)) and normal[:n] != normal[n:]
+    assert all(samples[i].cls == samples[p].cls for i, p in zip(normal, prompt))
+    assert normal != prompt
+    again = onenip.Triplets(images, args, fixed, 7, needs_images=True)[n + 5]
+    for part in ("normal", "prompt", "synthetic"):
+        for key, value in again[part].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(items[n + 5][part][key]))
+    for part in ("normal", "prompt"):
+        assert torch.equal(again[part]["image"], images[again[part]["index"]])
+    banked = onenip.Triplets(images, dataclasses.replace(args, bank=3), fixed, 7, needs_images=False)
+    numbers = [banked[k]["synthetic"]["index"] for k in range(n)]
+    assert [number // 3 for number in numbers] == normal[:n], "a pseudo-anomaly of this very image"
+    assert {number % 3 for number in numbers} == {0, 1, 2} and banked[0]["normal"].keys() == {"index"}
+    once = onenip.Triplets(images, dataclasses.replace(args, prompt_train="fixed"), fixed, 7, False)
+    assert all(once[k]["prompt"]["index"] == fixed[samples[normal[k]].cls] for k in range(8))
 
 
 def test_textures_from_a_folder(tmp_path):
@@ -365,11 +458,12 @@ def test_combined_map_and_image_score():
     """S = (1 - α) S_rec + α c M̂; the score is the largest mean of a 16 x 16 window that lies inside the image."""
     g = torch.Generator().manual_seed(0)
     s_rec, mask = 10 * torch.rand(2, 24, 24, generator=g), torch.rand(2, 24, 24, generator=g)
-    s, score = onenip.combine(s_rec, mask, 7.0, onenip.Args(alpha=0.25))
+    args = onenip.Args(alpha=0.25, image_size=24)
+    s, score = onenip.combine(s_rec[:, None], mask[:, None].logit(), 7.0, args)
     torch.testing.assert_close(s, 0.75 * s_rec + 0.25 * 7.0 * mask)
     best = [max(s[b, i:i + 16, j:j + 16].mean() for i in range(9) for j in range(9)) for b in range(2)]
     torch.testing.assert_close(score, torch.stack(best))
-    assert torch.equal(onenip.combine(s_rec, mask, 7.0, onenip.Args(refiner=False))[0], s_rec)
+    assert torch.equal(onenip.combine(s_rec[:, None], None, 7.0, args)[0], s_rec)
 
 
 class Passing(torch.nn.Module):
@@ -381,10 +475,10 @@ class Passing(torch.nn.Module):
 
 def scorer(**changes):
     model, args = make(**changes)
-    pool = torch.randn(3, 24, 4, 4, generator=torch.Generator().manual_seed(5))
+    prompts = torch.randn(3, 24, 4, 4, generator=torch.Generator().manual_seed(5))
     run = runtime.Run("onenip", None, torch.device("cpu"))
-    state = {"classes": ["a", "b", "c"], "scale": 2.0, "pool": pool}
-    return onenip.Scorer(args, run, Passing(), model, state), pool, model.eval(), args
+    state = {"classes": ["a", "b", "c"], "scale": 2.0, "prompts": prompts}
+    return onenip.Scorer(args, run, Passing(), model, state), prompts, model.eval(), args
 
 
 def sample(name, cls):
@@ -394,53 +488,58 @@ def sample(name, cls):
 
 def test_prompt_is_chosen_by_cosine_without_the_label():
     """Each image gets the prompt with the most similar pooled features, whatever its length and its label."""
-    score, pool, model, args = scorer()
-    x = torch.stack([5 * pool[2], 0.1 * pool[0]])
+    score, prompts, model, args = scorer()
+    x = torch.stack([5 * prompts[2], 0.1 * prompts[0]])
     samples = [sample("x", "a"), sample("y", "a")]
     maps, scores = score(x, samples)
     assert [score.chosen["x.png"], score.chosen["y.png"]] == ["c", "a"]
-    assert score.selection(samples) == 0.5
+    run = score.run
+    assert onenip.selection_accuracy(run, score, samples) == 0.5
+    unknown = [sample("x", "z"), sample("y", "z")]
+    assert onenip.selection_accuracy(run, score, unknown) is None, "no accuracy is not an accuracy of 0"
     with torch.no_grad():
-        s_rec = (model.decode(model.encode(x), model.encode(pool[[2, 0]])) - x).norm(dim=1, keepdim=True)
+        s_rec = (model.decode(model.encode(x), model.encode(prompts[[2, 0]])) - x).norm(dim=1, keepdim=True)
     expected = F.interpolate(s_rec, (64, 64), mode="bilinear", align_corners=True)[:, 0]
     rest = (maps - 0.5 * expected) / (0.5 * 2.0)
     assert 0 < rest.min() and rest.max() < 1, "what is left must be the refiner's map"
 
 
-@pytest.mark.parametrize("changes, used", [(dict(prompt_class="given"), 0), (dict(prompt_test="wrong"), 1)])
+@pytest.mark.parametrize("changes, used", [(dict(prompt_class="given"), 0), (dict(prompt_test="wrong"), 1),
+                                           (dict(prompt_of="b"), 1), (dict(prompt_of="a"), 0)])
 def test_prompt_of_the_given_or_of_a_wrong_class(changes, used):
-    """Given: the true class's prompt although another is more similar; wrong: never the true class's."""
-    score, pool, model, args = scorer(**changes)
-    p = score.prompt_of(pool[[2]], [sample("x", "a")])
+    """Given: the true class's prompt though another is more similar; wrong: never that; or a named class's prompt."""
+    score, prompts, model, args = scorer(**changes)
+    p = score.prompts_of(prompts[[2]], [sample("x", "a")])
     with torch.no_grad():
-        torch.testing.assert_close(p, model.encode(pool[[used]]))
+        torch.testing.assert_close(p, model.encode(prompts[[used]]))
+
+
+@pytest.mark.parametrize("prompt_test", ["fixed", "random"])
+def test_frozen_features_are_never_computed_in_mixed_precision(prompt_test, tiny_data):
+    """--amp is for the trained part: scoring, prompts and pooled features see the backbone as training saw it."""
+    model, args = make(channels=3, prompt_test=prompt_test, image_size=64)
+    seen = []
+
+    class Watching(Passing):
+        def forward(self, images):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return F.avg_pool2d(images.float(), 16)
+
+    images = data.Images(data.load(str(tiny_data)).train, 64)
+    classes = sorted({s.cls for s in images.samples})
+    state = {"classes": classes, "scale": 1.0, "prompts": torch.randn(len(classes), 3, 4, 4)}
+    run = runtime.Run("onenip", None, torch.device("cpu"), amp="bf16")
+    score = onenip.Scorer(args, run, Watching(), model, state, images)
+    score(images[0][None], images.samples[:1])
+    assert seen == [False] * (2 if prompt_test == "random" else 1)
 
 
 def test_score_of_an_image_does_not_depend_on_its_batch():
-    score, pool, _, _ = scorer()
+    score, _, _, _ = scorer()
     x, samples = torch.randn(4, 24, 4, 4), [sample(i, "a") for i in range(4)]
     together = score(x, samples)[0]
     alone = torch.cat([score(x[i:i + 1], samples[i:i + 1])[0] for i in range(4)])
     torch.testing.assert_close(together, alone)
-
-
-def test_paper_numbers():
-    """The column of the paper: found for its own settings only, per class, with the printed means within rounding."""
-    def numbers(name, names, **changes):
-        dataset = data.Dataset(name=name, root=None, train=[], test=[], classes=names, groups={}, problems=[])
-        return onenip.paper_numbers(dataset, onenip.Args(**changes))
-
-    names = ("bottle cable capsule carpet grid hazelnut leather metal_nut pill screw tile toothbrush transistor wood "
-             "zipper").split()
-    found = numbers("mvtec", names)
-    assert sorted(found["classes"]) == names and found["mean"]["p_ap"] == 0.637
-    assert found["classes"]["screw"] == pytest.approx(dict(i_auroc=.914, i_ap=.966, p_auroc=.989, p_ap=.398))
-    for key, tolerance in (("i_auroc", 0.0006), ("p_auroc", 0.0006), ("p_ap", 0.0006)):
-        assert np.mean([row[key] for row in found["classes"].values()]) == pytest.approx(found["mean"][key], abs=tolerance)
-    assert len(numbers("visa", ["x"] * 12)["classes"]) == 12 and len(numbers("btad", ["x"] * 3)["classes"]) == 3
-    assert "classes" not in numbers("mvtec", names, image_size=320)
-    assert numbers("mvtec+btad+visa", names)["datasets"]["btad"]["p_ap"] == 0.59
-    assert numbers("synth", ["a"]) is None and numbers("mvtec", ["screw"], classes="screw") is None
 
 
 # ---------------------------------------------------------------------------------- the program, as a user runs it
@@ -465,7 +564,7 @@ def test_end_to_end(finished):
 
 
 def test_second_run_and_evaluation_of_the_checkpoint_are_identical(finished, tiny_data, tmp_path, command, metrics_of):
-    """Same seed, same machine: the same bits; --eval of the checkpoint gives the run's own numbers; another seed not."""
+    """Same seed, same machine: the same bits; --eval of the checkpoint gives its numbers; another seed others."""
     first = metrics_of(finished[0])
     assert command("onenip", "--data", tiny_data, "--out", tmp_path / "again", *SMALL).status == 0
     assert metrics_of(tmp_path / "again") == first
@@ -475,22 +574,126 @@ def test_second_run_and_evaluation_of_the_checkpoint_are_identical(finished, tin
     assert metrics_of(tmp_path / "other")["mean"] != first["mean"]
 
 
+def test_metrics_by_epoch_change_nothing_and_end_at_the_result(tiny_data, tmp_path, command, metrics_of, monkeypatch):
+    """--eval-every: the test metrics on the way are lines of the log; weights and result are those of the run without
+    it, and the last line is the result itself. An interrupted and resumed run has the same lines."""
+    words = ("--data", tiny_data, *SMALL, "--classes", "screw,capsule", "--dropout", 0.1)  # 12 images, 8 a step
+    every = ("--eval-every", 1.4, "--steps", 12)  # 3 steps
+    assert command("onenip", *words, "--out", tmp_path / "plain").status == 0
+    assert command("onenip", *words, *every, "--out", tmp_path / "run").status == 0
+    plain, result = metrics_of(tmp_path / "plain"), metrics_of(tmp_path / "run")
+    assert result == plain
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("plain", "run"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    log = contract.read_log(tmp_path / "run")
+    tests = [line for line in log if "test" in line]
+    assert [(line["step"], line["epoch"]) for line in tests] == [(3, 2), (6, 4), (9, 6), (12, 8)]
+    assert tests[-1]["test"] == result["mean"] != tests[0]["test"]
+    losses = [[line["loss"] for line in lines if "loss" in line]
+              for lines in (log, contract.read_log(tmp_path / "plain"))]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+    seen, losses = [], onenip.losses
+
+    def interrupted(*inputs):
+        seen.append(inputs)
+        if len(seen) == 7:  # after a checkpoint at step 4 and a test at step 6
+            raise KeyboardInterrupt
+        return losses(*inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onenip, "losses", interrupted)
+        assert command("onenip", *words, *every, "--out", tmp_path / "resumed").status == 130
+    assert command("onenip", "--resume", "--out", tmp_path / "resumed").status == 0
+    again = contract.read_log(tmp_path / "resumed")
+    assert [line for line in again if "test" in line] == tests and len(again) == len(log)
+    assert metrics_of(tmp_path / "resumed") == plain
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_killed_and_resumed_is_uninterrupted(finished, tiny_data, tmp_path, command, metrics_of):
     """SIGKILL between two checkpoints, then --resume: the numbers and the log of the run that was never interrupted."""
-    contract.check_killed_and_resumed(onenip, ("--data", tiny_data, *SMALL), finished, tmp_path / "run", command, metrics_of)
+    words = ("--data", tiny_data, *SMALL)
+    contract.check_killed_and_resumed(onenip, words, finished, tmp_path / "run", command, metrics_of)
 
 
 def test_predict(finished, tiny_data, tmp_path, command):
     """The method's own columns: the score as a share of the training images' 99 %, and the class of the prompt."""
-    contract.check_predict(onenip, ("ratio", "prompt"), finished, tiny_data, tmp_path / "p", command)
+    contract.check_predict(onenip, ("prompt",), finished, tiny_data, tmp_path / "p", command)
+
+
+def test_prompts_of_another_draw_and_of_a_named_class(finished, tmp_path, command, metrics_of):
+    """Table 4d by evaluations of one checkpoint: other fixed prompts by --prompt-seed, and a class's by --prompt-of."""
+    checkpoint = finished[0] / "checkpoint.pt"
+
+    def scores(name, *words):
+        done = command("onenip", "--eval", checkpoint, "--out", tmp_path / name, *words)
+        assert done.status == 0, done.err
+        return (tmp_path / name / "scores.csv").read_text()
+
+    trained = (finished[0] / "scores.csv").read_text()
+    drawn = {seed: scores(f"seed{seed}", "--prompt-seed", seed) for seed in (0, 1, 2)}
+    assert drawn[0] == trained, "the training drew its prompts with --seed 0"
+    assert len({trained, *drawn.values()}) == 3
+    assert scores("seed", "--seed", 9) == trained
+    random = scores("random", "--prompt-test", "random")
+    assert scores("again", "--prompt-test", "random", "--prompt-seed", 0) == random
+    assert scores("other", "--prompt-test", "random", "--prompt-seed", 1) != random
+    named = scores("named", "--prompt-of", "screw").split()
+    for before, now in zip(trained.split(), named):
+        assert (before == now) == ("path" in before or "screw" in before), "screws have this prompt anyway"
+    assert metrics_of(tmp_path / "named")["setting"]["prompt"] == "dynamic, fixed, of screw"
+
+
+def test_evaluation_on_classes_that_the_model_does_not_know(tiny_data, tmp_path, command, metrics_of):
+    """Nothing is said that is not so: no accuracy of the selection, no true class's prompt; --prompt-seed gives these
+    classes prompts of their own."""
+    words = ("--data", tiny_data, *SMALL, "--steps", 1)
+    assert command("onenip", *words, "--classes", "screw,capsule", "--out", tmp_path / "run").status == 0
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    words = ("--eval", checkpoint, "--classes", "hex_nut,wood_planks", "--prompt-class", "given")
+    assert command("onenip", *words, "--out", tmp_path / "unknown").status == 0
+    setting = metrics_of(tmp_path / "unknown")["setting"]
+    assert setting["prompt selection accuracy"] is None
+    assert setting["prompt"] == ("dynamic, fixed, given (selected for the classes without a prompt: "
+                                 "hex_nut, wood_planks)")
+    assert command("onenip", *words, "--prompt-seed", 0, "--out", tmp_path / "drawn").status == 0
+    assert metrics_of(tmp_path / "drawn")["setting"]["prompt"] == "dynamic, fixed, given"
+    assert metrics_of(tmp_path / "drawn")["setting"]["prompt selection accuracy"] is not None
+
+
+def test_predict_compares_with_normal_images_scored_alike(finished, tmp_path, command):
+    """With other scoring options the training images' score is made anew. Eq. 10 as printed, in which M̂ weighs next to
+    nothing beside S_rec, must give the ratio of S_rec alone, though its scores are smaller."""
+    path = list(csv.DictReader(open(finished[0] / "scores.csv")))[3]["path"]
+
+    def predicted(*words):
+        out = tmp_path / "-".join(map(str, words))
+        done = command("onenip", "--eval", finished[0] / "checkpoint.pt", "--predict", path, "--out", out, *words)
+        assert done.status == 0, done.err
+        row = next(csv.DictReader(open(out / "predictions.csv")))
+        return float(row["score"]), float(row["ratio"])
+
+    score, ratio = predicted("--alpha", 0)
+    printed, printed_ratio = predicted("--score-scale", "none")
+    alpha = onenip.PRESETS["laptop"]["alpha"]
+    assert (1 - alpha) * score <= printed <= (1 - alpha) * score + alpha
+    assert printed_ratio == pytest.approx(ratio, rel=0.1)
+    one_pixel, ratio_of_pixels = predicted("--alpha", 0, "--pool", 1)
+    assert one_pixel > score and ratio_of_pixels == pytest.approx(ratio, rel=0.5)
+
+    state = torch.load(finished[0] / "checkpoint.pt", weights_only=True)
+    args = onenip.Args(**{**state["args"], "alpha": 0.0, "pool": 64})
+    means = F.interpolate(state["normal_errors"], (64, 64), mode="bilinear", align_corners=True).mean((1, 2, 3))
+    assert onenip.normal_score(args, state, 1.0) == pytest.approx(means.quantile(0.99).item(), rel=1e-5)
 
 
 def test_corruption_and_options_at_evaluation(finished, tmp_path, command, metrics_of):
     """--corrupt and the scoring options act on a finished checkpoint; each leaves its trace in the numbers."""
     first, checkpoint = metrics_of(finished[0]), finished[0] / "checkpoint.pt"
     for i, words in enumerate((("--corrupt", "gaussian_noise:5"), ("--alpha", 0), ("--prompt-test", "wrong"),
-                               ("--prompt-test", "random"), ("--score-scale", "test"))):
+                               ("--prompt-test", "random"), ("--score-scale", "test"),
+                               ("--score-scale", "none"))):
         assert command("onenip", "--eval", checkpoint, "--out", tmp_path / str(i), *words).status == 0, words
         assert metrics_of(tmp_path / str(i))["mean"] != first["mean"], words
     assert metrics_of(tmp_path / "0")["data"].endswith("gaussian_noise:5")
@@ -504,7 +707,8 @@ def test_corruption_and_options_at_evaluation(finished, tmp_path, command, metri
 def test_every_ablation_runs(words, tiny_data, tmp_path, command, metrics_of):
     """Every row of Tables 2 to 4 is one flag; memory that is too small changes the way, not the result's form."""
     out = tmp_path / "run"
-    done = command("onenip", "--data", tiny_data, "--out", out, "--classes", "screw,capsule", *SMALL, "--steps", 2, *words)
+    small = ("--data", tiny_data, "--classes", "screw,capsule", *SMALL, "--steps", 2)
+    done = command("onenip", *small, *words, "--out", out)
     assert done.status == 0, done.err
     assert set(metrics_of(out)["classes"]) == {"screw", "capsule"}
 
@@ -521,7 +725,10 @@ def test_two_processes_follow_one_with_the_doubled_batch(tiny_data, tmp_path):
     words = [onenip.__file__, "--data", tiny_data, "--classes", "screw,capsule", *SMALL, "--steps", 2, "--no-refiner",
              "--jitter", 0, "--dropout", 0, "--log-every", 1, "--clip", 1e9, "--amp", "off", "--lr", 1e-4]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = lambda *w: subprocess.run([str(x) for x in w], capture_output=True, text=True, env=env)
+
+    def run(*words):
+        return subprocess.run([str(word) for word in words], capture_output=True, text=True, env=env)
+
     one = run(sys.executable, *words, "--batch-size", 8, "--out", tmp_path / "one")
     two = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words,
               "--batch-size", 4, "--out", tmp_path / "two")
@@ -531,7 +738,8 @@ def test_two_processes_follow_one_with_the_doubled_batch(tiny_data, tmp_path):
     assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys() and len(a["optimizer"]["state"]) > 20
     largest = max(state["exp_avg"].abs().max().item() for state in a["optimizer"]["state"].values())
     for i, state in a["optimizer"]["state"].items():
-        torch.testing.assert_close(b["optimizer"]["state"][i]["exp_avg"], state["exp_avg"], rtol=2e-3, atol=1e-5 * largest)
+        other = b["optimizer"]["state"][i]
+        torch.testing.assert_close(other["exp_avg"], state["exp_avg"], rtol=2e-3, atol=1e-5 * largest)
     losses = [[json.loads(line)["loss"] for line in open(tmp_path / name / "log.jsonl")] for name in ("one", "two")]
     assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], rel=1e-4)
     a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
@@ -542,11 +750,13 @@ def test_two_processes_follow_one_with_the_doubled_batch(tiny_data, tmp_path):
 
 
 def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, command):
-    """Twenty mistakes of users: one clear line on stderr that names the culprit, status 2, no traceback, and neither
+    """Forty mistakes of users: one clear line on stderr that names the culprit, status 2, no traceback, and neither
     a run folder nor a half-written file left behind."""
     checkpoint = finished[0] / "checkpoint.pt"
     bad = tmp_path / "bad"
-    picture = lambda size=(32, 32), mode="RGB": Image.new(mode, size)
+
+    def picture(mode="RGB"):
+        return Image.new(mode, (32, 32))
 
     def layout(name, **files):
         """A folder in MVTec layout with one class 'nut', then changed by `files` (path with __ for /: content)."""
@@ -561,10 +771,13 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
             path.unlink() if content is None else path.write_bytes(content)
         return bad / name
 
+    cut = (tiny_data / "screw/train/good/000.png").read_bytes()[:900]
     good = layout("good")
     Image.new("L", (16, 32), 255).save(layout("mask_size") / "nut/ground_truth/hole/0_mask.png")
     (bad / "empty").mkdir()
     torch.save({"method": "roads", "args": {}, "model": {}}, bad / "roads.pt")
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save({**state, "finished": [], "step": 4}, bad / "interrupted.pt")
     (bad / "half.pt").write_bytes(checkpoint.read_bytes()[:5000])
     (bad / "a_file").write_text("")
     (bad / "text").mkdir()
@@ -575,12 +788,14 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
         (("--data", bad / "empty"), "empty"),
         (("--data", layout("untrained", train__good__0_png=None)), "nut"),
         (("--data", layout("unreadable", train__good__0_png=b"not a picture")), "0.png"),
-        (("--data", layout("truncated", test__good__0_png=(tiny_data / "screw/train/good/000.png").read_bytes()[:900])), "0.png"),
+        (("--data", layout("truncated", test__good__0_png=cut)), "0.png"),
         (("--data", bad / "mask_size"), "0_mask.png"),
         (("--data", tiny_data, "--classes", "screw,spoon"), "spoon"),
         (("--data", tiny_data, "--steps", "many"), "--steps"),
         (("--data", tiny_data, "--lr", "-1"), "--lr"),
         (("--data", tiny_data, "--image-size", "100"), "--image-size"),
+        (("--data", tiny_data, "--heads", "3"), "--hidden"),
+        (("--data", tiny_data, "--bank", "2", "--memory-share", "0"), "--bank"),
         (("--data", tiny_data, "--hiden", "100"), "--hiden"),
         (("--data", tiny_data, "--backbone", "vgg16"), "--backbone"),
         (("--data", tiny_data, "--weights", bad / "none.pth"), "none.pth"),
@@ -597,19 +812,28 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
         (("--eval", checkpoint, "--encoder-layers", "3"), "checkpoint.pt"),
         (("--predict", bad / "text" / "photo.png"), "--eval"),
         (("--eval", checkpoint, "--predict", bad / "empty"), "empty"),
-        (("--eval", checkpoint, "--predict", bad / "text" / "photo.png"), "photo.png"),
+        (("--eval", checkpoint, "--predict", good, "--score-scale", "test"), "--score-scale train"),
+        (("--eval", checkpoint, "--predict", good, "--prompt-test", "random"), "--prompt-test fixed"),
+        (("--eval", checkpoint, "--predict", good, "--prompt-seed", "1"), "--prompt-seed"),
+        (("--eval", checkpoint, "--prompt-test", "random", "--data", good), "no training images of capsule"),
+        (("--eval", checkpoint, "--prompt-test", "random", "--classes", "screw"), "no training images of capsule"),
+        (("--eval", checkpoint, "--prompt-of", "spoon"), "spoon"),
+        (("--eval", checkpoint, "--prompt-of", "screw", "--prompt-test", "wrong"), "--prompt-of"),
+        (("--data", tiny_data, "--classes", "screw", "--prompt-test", "wrong"), "one class only"),
+        (("--eval", bad / "interrupted.pt"), "interrupted at step 4"),
         (("--data", tiny_data, "--lr", "1e30", "--clip", "1e30"), "NaN"),
     ]
     if not torch.cuda.is_available():
         cases += [(("--data", tiny_data, "--device", "cuda"), "--device cuda"),
                   (("--data", tiny_data, "--kernels", "triton"), "--kernels")]
     contract.check_bad_input(onenip, cases, SMALL, finished, tmp_path, command)
-    assert command("onenip", "--data", good, "--out", tmp_path / "good", *SMALL).status == 0  # the layout itself is fine
+    # the layout itself is fine
+    assert command("onenip", "--data", good, "--out", tmp_path / "good", *SMALL).status == 0
 
 
 def test_real_classes(real_data, tmp_path, command, metrics_of):
     """Real photographs: a short training of two real classes localises defects far better than chance."""
-    done = command("onenip", "--data", real_data, "--classes", "bottle,metal_plate", "--out", tmp_path / "run", "--steps", 80,
-                   "--image-size", 128)
+    done = command("onenip", "--data", real_data, "--classes", "bottle,metal_plate", "--out", tmp_path / "run",
+                   "--steps", 80, "--image-size", 128)
     assert done.status == 0, done.err
     assert metrics_of(tmp_path / "run")["mean"]["p_auroc"] > 0.7

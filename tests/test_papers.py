@@ -19,10 +19,10 @@ ROUNDING = 0.06  # of a rounded mean of rounded numbers, in per cent
 CLASSES = {name: set(benchmark.counts) for name, benchmark in data.BENCHMARKS.items()}
 
 
-def preset(paper, base):
-    """The script's paper preset; CADA has one for each base."""
-    values = SCRIPTS[paper].PRESETS["paper"]
-    return values[base] if paper == "cada" else values
+def preset(paper, base, name="paper"):
+    """A preset of the script; CADA has one for each base."""
+    presets = cada.RECIPES[base] if paper == "cada" else SCRIPTS[paper].PRESETS
+    return presets[name]
 
 
 def args_of(paper, words=(), **changes):
@@ -206,12 +206,11 @@ def test_the_laptop_preset_changes_no_row_of_a_table(paper):
         rows = [row for row in papers.rows(paper, table) if row.options is not None]
         varied = set().union(*(papers.settings(row.options) for row in rows)) - {"base"}
         for row in rows:
-            laptop = SCRIPTS[paper].PRESETS["laptop"]
-            if paper == "cada":
-                laptop = laptop[papers.settings(row.options).get("base", "revdist")]
+            named = papers.settings(row.options)
             of_paper = args_of(paper, row.options)
+            laptop = preset(paper, named.get("base", "revdist"), "laptop")
             of_laptop = {**dataclasses.asdict(SCRIPTS[paper].Args()), **laptop}
-            for name in varied - papers.settings(row.options).keys():
+            for name in varied - named.keys():
                 assert of_laptop[name] == getattr(of_paper, name), (table, row.name, name)
 
 

@@ -5,6 +5,7 @@ run with omniad.py itself."""
 import fcntl
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -20,8 +21,8 @@ from common import papers, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Writes the files of a run as the scripts do. Beside it: calls.txt, its command lines; BREAK, a word
-# for which it fails; HANG, a word for which it stops after its first checkpoint.
+# Writes the files of a run as the scripts do. Beside it: calls.txt, its command lines; BREAK, a
+# word for which it fails; HANG, a word for which it stops after its first checkpoint.
 STAND_IN = '''
 import json, os, sys, time
 from pathlib import Path
@@ -174,6 +175,8 @@ def test_words_after_the_dashes_go_to_every_command(desk):
     assert "--steps 7" in Path("runs/tables/cada-4-synth/table.md").read_text()
     desk.run("cada", "4")
     assert len(desk.calls()) == 4  # other options: other runs
+    desk.run("cada", "4", "--", "--workers", "2", "--device", "cpu", "--steps", "7")
+    assert desk.calls() == []  # which processes it takes makes no other run
 
 
 def test_other_data_are_other_runs(desk):
@@ -388,6 +391,16 @@ def test_overview_names_every_table_and_row(desk):
                 assert row.options is None or row.name in rows
 
 
+def test_overview_says_how_long_a_training_takes(desk):
+    """As the docstrings of the scripts do."""
+    words = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8}
+    for paper in papers.TITLES:
+        text = (ROOT / f"{paper}.py").read_text()
+        (said,) = re.findall(rf"python {paper}\.py  .*about (\w+) minutes", text)
+        assert tables.MINUTES[paper] == words[said]
+        assert f"{paper} {tables.MINUTES[paper]}" in desk.run().out.splitlines()[-5]
+
+
 def test_starts_without_torch():
     code = "import sys; from common import tables; assert not {'torch', 'scipy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -417,7 +430,7 @@ def test_the_commit_is_the_checkouts():
     assert tables.current_commit().rstrip("+") == (head or "none")
 
 
-# -------------------------------------------------------------------------------------- the real one
+# ------------------------------------------------------------------------------------- the real one
 
 
 def test_a_table_with_omniad_itself(tiny_data, tmp_path, monkeypatch, capsys):
