@@ -46,6 +46,7 @@ OF_THE_RUN = (
     "workers",
     "data_root",
     "predict",
+    "threshold",
     "threads",
     "holdout",
 )
@@ -146,6 +147,11 @@ class Options:
     eval: str = option("", "no training: evaluate this checkpoint")
     predict: list = option(
         [], "no training: score these images or folders with --eval CKPT", nargs="+"
+    )
+    threshold: float = option(
+        0.0,
+        "--predict: the image score above which an image is called defective (default: the score "
+        "that 99 % of good images do not reach, from the checkpoint)",
     )
     save_maps: bool = option(
         False, "keep the anomaly maps and pooled features, maps/<class>.npz and maps/train/"
@@ -390,6 +396,8 @@ def _check_given(given, Args):
         raise UsageError(f"--threads {threads}: must be auto or a number above 0")
     if given.get("predict") and not given.get("eval"):
         raise UsageError("--predict needs --eval CHECKPOINT: the trained model to score with")
+    if "threshold" in given and not given.get("predict"):
+        raise UsageError("--threshold needs --predict: the metrics have none")
     if given.get("resume") and (given.get("eval") or given.get("overwrite")):
         raise UsageError("--resume goes with neither --eval nor --overwrite")
 

@@ -269,9 +269,15 @@ class Loader(torch.utils.data.DataLoader):
 
 
 def _in_worker(_):
-    """Prepare a process of a `Loader`: Ctrl-C is the main process's business."""
+    """Prepare a process of a `Loader`: Ctrl-C is the main process's business, as are all errors, which
+    it gets sent. (What is left are connections that break when it ends early.)"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _in_silence
     ForkingPickler.register(torch.Tensor, _reduced)
+
+
+def _in_silence(*_):
+    pass
 
 
 def _collate(samples):
@@ -477,7 +483,7 @@ def set_threshold(run, args, dataset, score, state):
 
     Args:
         score: (images (B, 3, S, S) uint8 on the run's device, their B samples) -> (maps (B, S, S),
-            scores (B,)).
+            scores (B,), and whatever else).
         state: the finished checkpoint.
     """
     if run.held_out and run.is_rank0:  # one process does it all, as in --predict
@@ -527,7 +533,7 @@ def _scores_of(run, args, score, samples):
         part = samples[first : first + args.batch_size]
         batch = torch.stack([images[first + i] for i in range(len(part))])  # (B, 3, S, S)
         unknown = [data.Sample(sample.image, None, 0, "", "", "") for sample in part]
-        maps, values = score(run.to_device(batch), unknown)
+        maps, values, *_ = score(run.to_device(batch), unknown)
         scores += values.float().tolist()
         peaks += maps.float().amax((1, 2)).tolist()
     return scores, peaks

@@ -88,7 +88,7 @@ def test_help_begins_with_what_it_is_and_imports_nothing_heavy(script):
     ("--widht 3", "--widht"), ("--width 0", "--width 0"), ("--threads many", "--threads many"),
     ("--threads 0", "--threads"), ("--predict x.png", "--eval"),
     ("--eval nowhere.pt", "nowhere.pt"), ("--resume --out nowhere", "nowhere"),
-    ("--holdout 1.5", "--holdout")])
+    ("--holdout 1.5", "--holdout"), ("--threshold 3", "--predict")])
 def test_wrong_options_are_answered_before_torch(words, named, small_script):
     status, out, err = answer([small_script, *words.split()], cwd=small_script.parent)
     assert (status, out, err.count(b"\n")) == (2, b"", 1)
