@@ -223,8 +223,8 @@ def run_page(folder, columns):
     setting = [f"{escaped(name)}: {escaped(value)}" for name, value in result["setting"].items()]
     body = [f"<h1>{escaped(result['method'])} on {escaped(result['data'])}</h1>",
             f"<p class=note>{', '.join(setting)}</p>",
-            f"<p class=note>{result['images']} test images, seed {result['seed']}, commit "
-            f"{escaped(result['commit'])}, {text(seconds.get('train'))} s of training</p>",
+            (f"<p class=note>{result['images']} test images, seed {result['seed']}, commit "
+             f"{escaped(result['commit'])}, {text(seconds.get('train'))} s of training</p>"),
             *_problems(result), *_failures(folder, rows), *_table(result, columns),
             *_class_pictures(folder, result)]
     return document(f"{result['method']}: {result['data']}", "\n".join(body))
@@ -258,10 +258,10 @@ def _problems(result):
 def _failures(folder, rows):
     """Misses and false alarms: the class with the most first, of each class the worst first."""
     parts = ["<h2>Misses and false alarms</h2>",
-             "<p class=note>For each class at the threshold of its best F1 on these test images; "
-             "one that is chosen without their labels does no better in F1. Left the picture, "
-             "then, where --save-maps kept them, the true region and the anomaly map over the picture, "
-             "one colour scale a class.</p>"]
+             ("<p class=note>For each class at the threshold of its best F1 on these test images; "
+              "one that is chosen without their labels does no better in F1. Left the picture, "
+              "then, where --save-maps kept them, the true region and the anomaly map over the "
+              "picture, one colour scale a class.</p>")]
     corrupt = _args(folder).get("corrupt")
     if corrupt:
         parts.append(f"<p class=note>Scored under --corrupt {escaped(corrupt)}, shown without.</p>")
@@ -291,9 +291,9 @@ def _failures_of_class(folder, cls, rows):
         return 0, f"<h3>{escaped(cls)}</h3><p class=note>{note}: no threshold</p>"
     misses = sorted((row for row in bad if row[3] < threshold), key=lambda row: row[3])
     alarms = sorted((row for row in good if row[3] >= threshold), key=lambda row: -row[3])
-    parts = [f"<h3>{escaped(cls)}: {len(misses)} of {len(bad)} defective images missed, "
-             f"{len(alarms)} false alarms on {len(good)} good ones "
-             f"(threshold {threshold:.4g})</h3>"]
+    parts = [(f"<h3>{escaped(cls)}: {len(misses)} of {len(bad)} defective images missed, "
+              f"{len(alarms)} false alarms on {len(good)} good ones "
+              f"(threshold {threshold:.4g})</h3>")]
     if misses or alarms:
         maps = _Maps(folder, cls)
         parts.append("<div class=figures>")
@@ -387,8 +387,8 @@ def _class_pictures(folder, result):
         return 2 if value is None else value
 
     parts = ["<h2>Classes</h2>",
-             "<p class=note>The class with the lowest I-AUROC first. Picture, true region, anomaly "
-             "map, both; below them the scores.</p>"]
+             ("<p class=note>The class with the lowest I-AUROC first. Picture, true region, anomaly "
+              "map, both; below them the scores.</p>")]
     names = sorted(result["classes"], key=auroc)
     files = {folder / "pictures" / pictures.file_of(name, names): name for name in names}
     for file in sorted((folder / "pictures").glob("*.png")):

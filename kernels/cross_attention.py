@@ -642,7 +642,7 @@ def _sum_parts_kernel(
     bits."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(0, P):
+    for _part in range(0, P):
         total += tl.load(parts + i, mask=i < L, other=0.0)
         parts += L
     tl.store(out + i, total.to(out.dtype.element_ty), mask=i < L)
