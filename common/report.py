@@ -24,7 +24,7 @@ from common.pages import percent
 from common.pictures import distributions
 from common.prediction import predict
 
-__all__ = ["COLUMNS", "corruption", "distributions", "evaluate", "measure", "normal_score",
+__all__ = ["COLUMNS", "corruption", "distributions", "evaluate", "measure",
            "percent", "predict", "shifts"]
 
 COLUMNS = {"i_auroc": "I-AUROC", "i_ap": "I-AP", "i_f1max": "I-F1max", "p_auroc": "P-AUROC",
@@ -130,23 +130,6 @@ def _in_order(rows, samples):
     """Rows that begin with a path, in the order of the samples."""
     order = {str(sample.image): i for i, sample in enumerate(samples)}
     return sorted(rows, key=lambda row: order[row[0]])
-
-
-def normal_score(run, args, score, samples, images=None):
-    """What --predict compares with: the 99 % quantile of the scores of up to 256 training images.
-
-    samples: the training images. images: their pixels, `data.Images`; None if `score` needs none.
-    """
-    order = runtime.epoch_order(args.seed, 0, len(samples))[:256]
-    found = []
-    for first in run.progress(range(0, len(order), args.batch_size), "training statistics"):
-        index = order[first:first + args.batch_size]
-        batch = None
-        if images is not None:
-            batch = torch.stack([images[i] for i in index]).to(run.device)
-        _, scores = score(batch, [samples[i] for i in index])
-        found.append(scores)
-    return torch.cat(found).quantile(0.99).item()
 
 
 # ----------------------------------------------------------------------------------- the evaluation

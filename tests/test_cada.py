@@ -564,16 +564,22 @@ def test_best_threshold():
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.2, 0.5])
-def test_alarm_threshold(rate):
+def test_alarm_threshold(rate, monkeypatch):
     """No more than the stated share of good images above it, and no lower threshold of which that is true."""
     rows = drawn_rows()
-    got = cada.alarm_threshold(rows, rate)
+    monkeypatch.setattr(cada, "FALSE_ALARMS", rate)
+    got = cada.alarm_threshold(rows)
     good = np.array([row[3] for row in rows if not row[2]])
     assert got["false_alarms"] == np.mean(good > got["threshold"]) <= rate
     lower = good[good < got["threshold"]].max()
     assert np.mean(good > lower) > rate
     defective = np.array([row[3] for row in rows if row[2]])
     assert got["missed"] == np.mean(defective <= got["threshold"])
+    held_out = np.linspace(0, 1, 41)  # 5 % of 41: two may be above it
+    monkeypatch.setattr(cada, "FALSE_ALARMS", 0.05)
+    fixed = cada.alarm_threshold(rows, held_out)
+    assert fixed["threshold"] == pytest.approx(0.95) and (held_out > fixed["threshold"]).sum() == 2
+    assert fixed["missed"] == np.mean(defective <= fixed["threshold"])
     assert cada.alarm_threshold([row for row in rows if row[2]]) is None
     assert cada.threshold_table("5 %", {"none": None}) == ""
 
@@ -716,6 +722,23 @@ def test_contaminated_training_images_stay_out_of_the_test_set(tiny_data, tmp_pa
     words = ("--data", other, "--classes", "thing", "--out", tmp_path / "o")
     assert command("cada", "--eval", checkpoint, *words).status == 0
     assert metrics_of(tmp_path / "o")["images"] == 7
+
+
+def test_a_threshold_fixed_on_images_that_neither_stage_has_seen(tiny_data, tmp_path, command, metrics_of):
+    """A share of every class's training images is trained on by nobody, in the evaluation neither; what the threshold
+    does that is fixed on them stands beside the oracle's."""
+    words = ("--data", tiny_data, "--classes", "screw,capsule", *SMALL, "--fix-threshold", 0.34, "--save-maps")
+    assert command("cada", *words, "--out", tmp_path / "run").status == 0
+    assert len(np.load(tmp_path / "run" / "maps" / "train" / "screw.npz")["paths"]) == 4  # of 6
+    found = json.loads((tmp_path / "run" / "calibration.json").read_text())["threshold fixed on training images"]
+    assert set(found) == {"without calibration", "calibration: cada"}
+    assert all(set(part["classes"]) == {"screw", "capsule"} for part in found.values())
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    assert command("cada", "--eval", checkpoint, "--out", tmp_path / "again").status == 0
+    again = json.loads((tmp_path / "again" / "calibration.json").read_text())["threshold fixed on training images"]
+    assert again == found
+    done = command("cada", "--eval", checkpoint, "--fix-threshold", 0.5, "--out", tmp_path / "no")
+    assert done.status == 2 and "--fix-threshold" in done.err and done.err.count("\n") == 1
 
 
 def test_statistic_score_follows_the_scoring_options(finished, tmp_path, command):
