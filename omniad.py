@@ -489,7 +489,6 @@ class Scorer:
         with self.run.autocast():
             phi = self.model.neck(*maps)
             rebuilt = self.model.decode(phi)
-        rebuilt = [f.float() for f in rebuilt]
         anomaly = kernels.cosine_map(maps, rebuilt, self.args.image_size, reduce="sum")
         anomaly = gaussian(anomaly, self.args.sigma)
         return anomaly, image_score(anomaly, self.args.score), phi.float().mean((2, 3))

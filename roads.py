@@ -570,8 +570,8 @@ def losses(model, maps, images, class_number, shifted, args):
     images, averaged over the code's entries.
     """
     out = model(maps, images, class_number, shifted)
-    rebuilt = [f.float() for f in out["maps"]]
-    L_KD = kernels.cosine_loss(maps, rebuilt, flat=args.distance == "flat")  # Eq. 5: Σ (1 - cos)
+    flat = args.distance == "flat"
+    L_KD = kernels.cosine_loss(maps, out["maps"], flat=flat)  # Eq. 5: Σ (1 - cos)
     L_CE = L_zeta = L_CS = 0.0
     parts = {"kd": L_KD}
     if "selector" in out:
@@ -770,8 +770,8 @@ class Scorer:
         """Anomaly maps (B, S, S), image scores (B,), and all that the model gave."""
         with self.run.autocast():
             out = self.model(maps, images, class_number)
-        rebuilt = [f.float() for f in out["maps"]]
-        anomaly = kernels.cosine_map(maps, rebuilt, self.args.image_size, reduce="sum")
+        size = self.args.image_size
+        anomaly = kernels.cosine_map(maps, out["maps"], size, reduce="sum")
         anomaly = gaussian(anomaly, self.args.sigma)
         return anomaly, image_score(anomaly, "max"), out
 

@@ -790,6 +790,8 @@ def attention_grad_triton(do, q, k, v, o, rows, seed, scale, window, dropout_p):
     block_n, block_m, tile = _tiles(q, k, v, do)
     _, width, radius = window or (0, 1, 0)
     flags = dict(**tile, BLOCK_N=block_n, BLOCK_M=block_m, **_flags(q, window, dropout_p))
+    if window and dropout_p > 0:
+        flags["num_warps"] = 8  # both at once take registers: spread them over more threads
     numbers = (scale, scale * LOG2E, width, radius, int(seed), dropout_p)
     query_blocks, key_blocks = triton.cdiv(N, block_n), triton.cdiv(M, block_m)
     delta = torch.empty(B, H, N, dtype=torch.float32, device=device)
