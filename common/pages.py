@@ -1,4 +1,4 @@
-"""Pages to look through in a browser: each is one file, pictures included, and asks no network.
+"""Pages to look through in a browser: each is one file, pictures included, and needs no network.
 
     predictions.html   what --predict gave, the highest score first           (`Predictions`)
     run.html           a finished run: misses and false alarms, table, classes   (`run_page`)
@@ -22,7 +22,7 @@ from PIL import Image
 from common import UsageError, data, metrics, pictures
 
 THUMBNAIL = 160  # pixels of a picture's longer side
-FAILURES = 12  # misses shown of a class, and false alarms
+FAILURES = 12  # at most so many misses of a class are shown, and as many false alarms
 
 STYLE = """
 :root { color-scheme: light dark; --pale: #8884;
@@ -81,7 +81,7 @@ show();
 
 
 def readable(path):
-    """A path, or text with paths in it, to be printed: bytes that are no UTF-8 become U+FFFD."""
+    """A path, or text with paths in it, to be printed: bytes that are not UTF-8 become U+FFFD."""
     return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
@@ -116,12 +116,13 @@ def jpeg(picture):
 
 
 def embedded(content, kind="jpeg"):
-    """Bytes of a picture -> its address that holds it."""
+    """Bytes of a picture -> an address (data:...) that contains them."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def figure(caption, picture=None, links=None):
-    """The inside of <figure>: bytes. picture: of a JPEG; links: {name: path from the page}."""
+    """The inside of <figure>, bytes. picture: the bytes of a JPEG; links: {name: path from the
+    page}."""
     parts, addresses = [], {name: link(path) for name, path in (links or {}).items()}
     if picture is not None:
         image = f'<img alt="" loading="lazy" src="{embedded(picture)}">'
@@ -350,14 +351,15 @@ class _Maps:
 
 
 def thumbnail(path):
-    """uint8 (h, w, 3), the longer side at most THUMBNAIL. Raises UsageError as `read_image`."""
+    """uint8 (h, w, 3), the longer side at most THUMBNAIL. Raises UsageError as
+    `data.read_image` does."""
     picture = Image.fromarray(data.read_image(Path(path)))
     picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
     return np.asarray(picture)
 
 
 def _table(result, columns):
-    """The seven metrics in per cent, the paper's below ours."""
+    """The metrics of `columns` in per cent, the paper's below ours."""
     paper = result.get("paper") or {}
     head = "".join(f"<th>{title}</th>" for title in columns.values())
     lines = ["<h2>Metrics in per cent</h2><div class=scroll><table>",
@@ -408,8 +410,8 @@ def compare_page(folders, columns):
     """The page of several finished runs, HTML: their metrics, and the same images as each of them
     sees them.
 
-    Raises UsageError if one of them is no finished run, keeps no maps, or has no image in common
-    with the others.
+    Raises UsageError if one of them is not a finished run or keeps no maps, if they have no class
+    in common, or if they have no image of such a class in common.
     """
     results = [_read_run(folder)[0] for folder in folders]
     names = [f"{folder.name} ({result['method']})" for folder, result in zip(folders, results)]
