@@ -36,8 +36,9 @@ Where this file differs from the paper (P) or from the authors' code (C), and wh
   3. C also adds a learned bias after the softmax, and x once more after (b). P has neither, nor does this file.
      Counts: C's model without output nets has 29,926,912 parameters (P: 29.9 M). Minus 28,672 for these biases, plus
      3,115,648 for W^O, ours has 33,013,888.
-  4. InstanceNorm (without parameters) and SiLU inside the block, nearest upsampling of the tokens (--upsample) and the
-     jitter of the bottleneck (--jitter) come from C.
+  4. From C come InstanceNorm (without parameters) and SiLU inside the block, nearest upsampling of the tokens
+     (--upsample), the jitter of the bottleneck (--jitter), its three blocks, and of the training the learning rate and
+     its drop at 80 % of the steps, weight decay, batch and clipping.
   5. Teacher maps: layers 1 to 3, as in C; P says "the last three stages".
   6. 500 epochs (P). C: 1,000 for MVTec AD and VisA, 100 for Real-IAD (--epochs).
   7. C divides the map by 9, a constant; here it is the plain sum.
@@ -188,7 +189,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from common import UsageError, backbones, papers, report, runtime
+from common import UsageError, backbones, papers, report, runtime, thresholds
 from common.maps import gaussian, image_score, name_of_rule
 
 # ------------------------------------------------------------------------------------------- model
@@ -376,7 +377,11 @@ class OmniAD(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, maps):
-        x = self.neck(*maps).permute(0, 2, 3, 1)  # (B, C, h, w) -> (B, h, w, C)
+        return self.decode(self.neck(*maps))
+
+    def decode(self, phi):
+        """The bottleneck map φ (B, 2 C3, h3/2, w3/2) -> f̂1, f̂2, f̂3."""
+        x = phi.permute(0, 2, 3, 1)  # (B, C, h, w) -> (B, h, w, C)
         if self.training and self.jitter > 0:  # every token gets noise of --jitter/C times its norm
             sigma = x.norm(dim=3, keepdim=True) * (self.jitter / x.shape[3])
             x = x + torch.randn_like(x) * sigma
@@ -454,8 +459,7 @@ def train(args, run, features, model, images):
         optimizer.step()
         job.record(loss, parts)
     score = Scorer(args, run, features, model)
-    normal = report.normal_score(run, args, score, images.samples, images)
-    return job.finish(normal_score=normal)
+    return job.finish(**thresholds.of_training_images(run, args, score, images.samples, images))
 
 
 def deviations_of_images(args, run, features, images):
@@ -474,34 +478,34 @@ class Scorer:
     def __init__(self, args, run, features, model):
         self.args, self.run, self.features, self.model = args, run, features, model.eval()
 
-    @torch.no_grad()
     def __call__(self, images, samples):
-        maps = self.features.maps(images)
-        with self.run.autocast():
-            rebuilt = self.model(maps)
-        rebuilt = [f.float() for f in rebuilt]
-        anomaly = kernels.cosine_map(maps, rebuilt, self.args.image_size, reduce="sum")
-        anomaly = gaussian(anomaly, self.args.sigma)
-        return anomaly, image_score(anomaly, self.args.score)
+        anomaly, scores, _ = self.described(images, samples)
+        return anomaly, scores
 
     @torch.no_grad()
-    def pooled(self, images):
-        """The bottleneck averaged over its positions, (B, 3, S, S) -> (B, 2 C3), for CADA."""
+    def described(self, images, samples):
+        """The same, and the bottleneck averaged over its positions, (B, 2 C3), for CADA."""
+        maps = self.features.maps(images)
         with self.run.autocast():
-            return self.model.neck(*self.features.maps(images)).mean((2, 3))
+            phi = self.model.neck(*maps)
+            rebuilt = self.model.decode(phi)
+        anomaly = kernels.cosine_map(maps, rebuilt, self.args.image_size, reduce="sum")
+        anomaly = gaussian(anomaly, self.args.sigma)
+        return anomaly, image_score(anomaly, self.args.score), phi.float().mean((2, 3))
 
 
 # -------------------------------------------------------------------------------------------- main
 
 
 def main(method="omniad"):
-    args = runtime.parse(Args, PRESETS, __doc__)
+    args = runtime.parse(Args, PRESETS, __doc__, method=method)
     check(args)
     if args.flops:
         return costs(args)
     run = runtime.start(args, method)
     kernels.set_backend(args.kernels)
     state = run.checkpoint_to_evaluate(args)
+    runtime.check_normal_score(args, state, ("image_size", "sigma", "score"))
     dataset, images = runtime.training_data(run, args)
     features = run.rank0_first(backbones.Pyramid, args.backbone, args.weights, args.image_size)
     features.to(run.device)
@@ -517,7 +521,10 @@ def main(method="omniad"):
         state = train(args, run, features, model, images)
     score = Scorer(args, run, features, model)
     if args.predict:
-        return report.predict(run, args, score, state["normal_score"])
+        normal, pixel = state["normal_score"], state["pixel_threshold"]
+        return report.predict(run, args, score, normal, pixel_threshold=pixel)
+    if not dataset.test:
+        return thresholds.without_test_images(run, args, dataset, score, state)
     report.evaluate(
         run,
         args,
@@ -526,7 +533,7 @@ def main(method="omniad"):
         setting=setting_of(args, features, model, state),
         seconds=state["seconds"],
         paper=papers.numbers("omniad", args, PRESETS["paper"], dataset.name, run.world),
-        pooled=score.pooled,
+        described=score.described,
     )
 
 

@@ -2,12 +2,15 @@
 
 A script uses it in this order:
 
-    args = runtime.parse(Args, PRESETS, __doc__)      # common/options.py
-    run = runtime.start(args, "omniad")               # device, torchrun; refuses to overwrite a run
-    state = run.checkpoint_to_evaluate(args)          # --eval; None: a training
-    dataset, images = runtime.training_data(run, args)
-    ...                                               # what may fail, fails before anything is written
-    run.open(args)                                    # output folder, args.json
+    args = runtime.parse(Args, PRESETS, __doc__, method="omniad")  # common/options.py
+    run = runtime.start(args, "omniad")           # device, threads, torchrun; --out may be used
+    state = run.checkpoint_to_evaluate(args)      # --eval; None: a training
+    dataset, images = runtime.training_data(run, args)             # every file looked at
+    ...                                           # what may fail, fails before a file is written
+    run.open(args)                                # output folder, of this run alone; args.json
+    ...                                           # train, or load the checkpoint: score, state
+    if not dataset.test:                          # a folder of good images only
+        return runtime.set_threshold(run, args, dataset, score, state)
 
 and in its training loop
 
@@ -20,7 +23,8 @@ and in its training loop
         job.record(loss, parts)
     return job.finish()
 
-`runtime.launch(main)` ends the program: a user's mistake is one line on stderr and exit status 2.
+`runtime.launch(main)` ends the program: a user's mistake is one line on stderr and exit status 2;
+after `run.open` it also says what is kept.
 """
 
 import contextlib
@@ -32,22 +36,29 @@ import json
 import math
 import os
 import platform
+import shutil
+import signal
 import subprocess
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.reductions import reduce_tensor
+from torch.utils.data._utils.collate import collate, default_collate_fn_map
 from tqdm import tqdm
 
-from common import UsageError, data
+from common import UsageError, data, folder, options
+from common.folder import write_atomic
 from common.options import Options, default_preset, option, parse
 
-__all__ = ["Options", "default_preset", "option", "parse"]  # those of common.options, by one name
+# those of common.options and common.folder, by one name
+__all__ = ["Options", "default_preset", "option", "parse", "write_atomic"]
 
 # --------------------------------------------------------------------------------------------- run
 
@@ -62,6 +73,8 @@ class Run:
     rank: int = 0
     world: int = 1
     amp: str = "off"
+    depths: dict = field(default_factory=dict)  # grey values of each class, see `data.depths`
+    held_out: list = field(default_factory=list)  # good images for common/thresholds.py, not trained on
 
     @property
     def is_rank0(self):
@@ -69,11 +82,15 @@ class Run:
         return self.rank == 0
 
     def say(self, text=""):
+        """Print a line. Where nobody reads any more (`| head`), the run goes on in silence."""
         if self.is_rank0:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except BrokenPipeError:
+                options.to_nowhere(sys.stdout)
 
     def progress(self, iterable, desc, total=None, initial=0):
-        """A tqdm bar on stderr, silent when stderr is no terminal, and on all ranks but the first."""
+        """A tqdm bar on stderr; none where that is no terminal, and on all ranks but the first."""
         return tqdm(
             iterable,
             desc=desc,
@@ -100,12 +117,15 @@ class Run:
 
     def loader(self, dataset, batches, workers):
         """DataLoader over lists of indices: what is drawn never depends on who draws it."""
-        return torch.utils.data.DataLoader(
+        return Loader(
             dataset,
             batch_sampler=batches,
+            collate_fn=_collate,
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
+            worker_init_fn=_in_worker,
+            timeout=LOADER_SECONDS if workers else 0,
         )
 
     def batch_indices(self, first, steps, batch_size):
@@ -131,24 +151,14 @@ class Run:
         return result
 
     def open(self, args):
-        """Make the output folder and write args.json; --overwrite drops the files of a run before."""
+        """Take the output folder for this run alone (see `folder.take`) and write args.json."""
         if self.is_rank0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            if args.overwrite:
-                self._clear(args)
+            folder.take(self.out, args)
             if not args.resume:
-                text = json.dumps(as_dict(args), indent=1) + "\n"
-                write_atomic(self.out / "args.json", text.encode())
+                content = json.dumps({"method": self.method, **as_dict(args)}, indent=1) + "\n"
+                write_atomic(self.out / "args.json", content.encode())
         if self.world > 1:
             dist.barrier()
-
-    def _clear(self, args):
-        files = "metrics.json", "log.jsonl", "scores.csv", "predictions.csv", "checkpoint.pt"
-        for path in [self.out / name for name in files]:
-            if not (args.eval and Path(args.eval).resolve() == path.resolve()):
-                path.unlink(missing_ok=True)
-        for path in (self.out / "maps").rglob("*.npz"):  # of another model
-            path.unlink()
 
     def log(self, record):
         """Append one JSON line to log.jsonl."""
@@ -173,10 +183,14 @@ class Run:
             dist.barrier()
 
     def checkpoint_to_evaluate(self, args):
-        """The checkpoint that --eval names; None without --eval."""
+        """The checkpoint that --eval names, a `Checkpoint`; None without --eval."""
         if not args.eval:
             return None
-        return load_checkpoint(args.eval, self.method)
+        state = load_checkpoint(args.eval, self.method)
+        if args.predict and "model" not in state["finished"]:
+            raise UsageError(state.unfinished("threshold to compare with"))
+        self.depths = state.get("depths", {})
+        return state
 
     def checkpoint_to_resume(self, args):
         """With --resume, the newest checkpoint in --out; None where there is none."""
@@ -206,7 +220,7 @@ class Run:
         return [item for part in parts for item in part]
 
     def mean(self, values):
-        """{name: scalar tensor} -> {name: float}, averaged over the ranks (a sync: do it rarely)."""
+        """{name: scalar tensor} -> {name: float}, mean over the ranks (a sync: do it rarely)."""
         stacked = torch.stack([value.detach().float() for value in values.values()])  # (values,)
         if self.world > 1:
             dist.all_reduce(stacked)
@@ -218,12 +232,75 @@ class Run:
             dist.all_reduce(not_finite, op=dist.ReduceOp.MAX)
         if not not_finite.item():
             return
-        kept = "nothing was saved"
-        if (self.out / "checkpoint.pt").is_file():
-            kept = "the checkpoint before it is kept"
         raise UsageError(
-            f"the loss became NaN or infinite by step {step}; {kept}: try a lower --lr or --amp off"
+            f"the loss became NaN or infinite by step {step}: try a lower --lr or --amp off"
         )
+
+
+# A batch takes seconds even of huge images on a busy machine; who waits longer waits in vain.
+LOADER_SECONDS = 600
+
+
+class Loader(torch.utils.data.DataLoader):
+    """A DataLoader whose processes cannot hang for want of shared memory, and fail in one line.
+
+    PyTorch hands tensors from process to process in /dev/shm, which is tiny in containers; where it
+    is full, a batch is lost and the run waits for ever. Here they then go through the pipe.
+    """
+
+    def __iter__(self):
+        """Raises `UsageError` if a process cannot be started, dies, or is silent for too long."""
+        advice = "use fewer, or --workers 0"
+        try:
+            batches = super().__iter__()
+        except OSError as error:  # their semaphores lie in /dev/shm, too
+            raise UsageError(
+                f"--workers {self.num_workers}: its processes cannot be started "
+                f"({error.strerror}; is /dev/shm full?); {advice}"
+            ) from None
+        try:
+            yield from batches
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader"):
+                raise
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"--workers {self.num_workers}: {reason}; {advice}") from None
+
+
+def _in_worker(_):
+    """Prepare a process of a `Loader`: Ctrl-C is the main process's business, as are all errors, which
+    it gets sent. (What is left are connections that break when it ends early.)"""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _in_silence
+    ForkingPickler.register(torch.Tensor, _reduced)
+
+
+def _in_silence(*_):
+    pass
+
+
+def _collate(samples):
+    """As torch's `default_collate`, which stacks in shared memory, but only where it is enough."""
+    return collate(samples, collate_fn_map={**default_collate_fn_map, torch.Tensor: _stack})
+
+
+def _stack(tensors, collate_fn_map=None):
+    if _is_scarce(sum(tensor.nbytes for tensor in tensors)):
+        return torch.stack(tensors)
+    return default_collate_fn_map[torch.Tensor](tensors, collate_fn_map=collate_fn_map)
+
+
+def _reduced(tensor):
+    """How a tensor on the CPU is sent: in shared memory while there is plenty, else by value, which
+    is slower. Returns a function that makes it anew, and its arguments."""
+    if not tensor.is_shared() and _is_scarce(tensor.nbytes):
+        return torch.from_numpy, (tensor.numpy(),)
+    return reduce_tensor(tensor)
+
+
+def _is_scarce(size):
+    """Whether there is too little shared memory for a few more tensors of `size` bytes."""
+    return os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < 8 * size + 2**25
 
 
 def _step_of(line):
@@ -234,10 +311,10 @@ def _step_of(line):
 
 
 def start(args, method):
-    """Device, process group and output folder of a run.
+    """Device, threads, process group and output folder of a run.
 
-    Refuses a folder that holds a finished run (or an interrupted one, unless --resume) without
-    --overwrite.
+    `args.threads` becomes the number that was chosen. Raises `UsageError` if the device is not
+    there or the folder cannot be had (see `folder.refuse`).
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = _device(args)
@@ -251,8 +328,59 @@ def start(args, method):
         amp = "bf16" if _has_bf16(device) else "off"
     run = Run(method, Path(args.out), device, rank, world, amp)
     if run.is_rank0:
-        _refuse_to_overwrite(run.out, args)
+        folder.refuse(run.out, args)
+    args.threads = str(_set_threads(args.threads, device))
     return run
+
+
+def _set_threads(threads, device):
+    """Set PyTorch's number of threads on the CPU to `threads`, a number or auto. Returns it."""
+    number = torch.get_num_threads()
+    if threads != "auto":
+        number = int(threads)
+    elif device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        number = _measured_threads(number)
+    torch.set_num_threads(number)
+    return number
+
+
+def _measured_threads(limit):
+    """How many threads to use now: all of `limit`, unless that is clearly slower than fewer.
+
+    Where other programs are running, threads wait for one another all the time, and two can take
+    ten times as long as one. Measured with a convolution, a tenth of a second for each number,
+    twice. Says so on stderr if it is fewer.
+    """
+    numbers = [limit]
+    while numbers[-1] > 1:
+        numbers.append(numbers[-1] // 2)
+    if len(numbers) == 1:
+        return limit
+    seconds = dict.fromkeys(numbers, 0.0)  # of one convolution
+    for number in numbers * 2:
+        torch.set_num_threads(number)
+        seconds[number] += _seconds_of_convolution(0.1) / 2
+    fastest = min(seconds.values())
+    number = next(number for number in numbers if seconds[number] <= 1.25 * fastest)
+    if number < limit:
+        ratio = seconds[limit] / seconds[number]
+        options.tell(
+            f"{number} of {limit} threads: with all of them a step takes {ratio:.1f} times as "
+            "long, as on a machine that is busy; --threads N decides otherwise"
+        )
+    return number
+
+
+@torch.no_grad()
+def _seconds_of_convolution(duration):
+    """Mean time of a convolution, repeated for `duration` seconds."""
+    images, weight = torch.zeros(4, 64, 32, 32), torch.zeros(64, 64, 3, 3)
+    torch.conv2d(images, weight)  # starts the threads
+    clock, times = Stopwatch(), 0
+    while clock() < duration:
+        torch.conv2d(images, weight)
+        times += 1
+    return clock() / times
 
 
 def _device(args):
@@ -281,30 +409,68 @@ def _has_bf16(device):
     return False
 
 
-def _refuse_to_overwrite(out, args):
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file; name a folder")
-    if args.overwrite or args.resume:
-        return
-    if (out / "metrics.json").is_file():
-        state = "a finished run"
-    elif (out / "args.json").is_file():
-        state = "an interrupted run (--resume goes on with it)"
-    else:
-        return
-    raise UsageError(
-        f"--out {out} holds {state}; --overwrite replaces it, --out DIR writes elsewhere"
-    )
-
-
 def training_data(run, args):
-    """--data as (dataset, pixels of its training images); (None, None) for --predict."""
+    """--data as (dataset, pixels of its training images); (None, None) for --predict.
+
+    Every file is looked at, and what is odd about the data is said on stderr. Where there are no
+    test images, `dataset.test` is empty and a share of the training images goes to `run.held_out`.
+
+    Raises:
+        UsageError: as `data.load` and `data.check`; options that need test images without these.
+    """
     if args.predict:
         return None, None
-    classes = [name for name in args.classes.split(",") if name]
-    dataset = run.rank0_first(data.load, args.data, args.data_root or None, classes or None)
-    images = data.Images(dataset.train, args.image_size, memory_share=args.memory_share)
+    dataset = run.rank0_first(_checked_data, run, args)
+    run.say(dataset.reading)
+    if run.is_rank0:
+        for line in dataset.problems:
+            options.tell(f"problem: {line}")
+    if not dataset.test:
+        dataset.train, run.held_out = hold_out(dataset.train, args.holdout, args.seed)
+    if not args.eval:
+        run.depths = run.rank0_first(data.depths, dataset.train, run.is_rank0)
+    if data.depth_line(run.depths):
+        run.say(data.depth_line(run.depths))
+    images = data.Images(
+        dataset.train, args.image_size, memory_share=args.memory_share, depths=run.depths
+    )
     return dataset, images
+
+
+def _checked_data(run, args):
+    dataset = data.load(
+        args.data, args.data_root or None, args.classes or None, need_test=bool(args.eval)
+    )
+    tested = {sample.cls for sample in dataset.test}
+    untested = [cls for cls in dataset.classes if cls not in tested]
+    if tested and untested:
+        raise UsageError(
+            f"--data {args.data}: class '{untested[0]}' has no test images, while others have; add "
+            "some, or leave the class out with --classes"
+        )
+    for name in ("corrupt", "shift", "save_maps"):
+        if not tested and getattr(args, name):
+            option_name = name.replace("_", "-")
+            raise UsageError(f"--{option_name} needs test images, and --data {args.data} has none")
+    data.check(dataset, progress=run.is_rank0)
+    return dataset
+
+
+def hold_out(samples, share, seed):
+    """Part the training images in two: (to train on, to set the threshold with), in their order.
+
+    share: of every class is held out, one image at least if it has two; 0: none.
+    """
+    rng = np.random.default_rng([seed, 7])
+    chosen = set()  # numbers of samples
+    for cls in dict.fromkeys(sample.cls for sample in samples):
+        own = [i for i, sample in enumerate(samples) if sample.cls == cls]
+        count = 0
+        if share > 0:
+            count = min(len(own) - 1, max(1, round(share * len(own))))
+        chosen.update(rng.permutation(own)[:count].tolist())
+    kept = [sample for i, sample in enumerate(samples) if i not in chosen]
+    return kept, [samples[i] for i in sorted(chosen)]
 
 
 # ---------------------------------------------------------------------------------- training loops
@@ -365,6 +531,7 @@ class Training:
         own = {"args", "optimizer", "step", "seconds", part}
         self.contents = {name: value for name, value in before.items() if name not in own}
         self.contents.setdefault("finished", [])
+        self.contents["depths"] = run.depths
         self.full_rates = []
         if optimizer is not None:
             self.full_rates = [group["lr"] for group in optimizer.param_groups]
@@ -382,7 +549,7 @@ class Training:
     def batches(self, dataset, steps, batch_size=None, title="training"):
         """Yield (step, batch) for all steps that are left, with a progress bar.
 
-        dataset: a `Stream`. steps: of the whole job. batch_size: of this rank, default that of args.
+        dataset: a `Stream`. steps: of the whole job. batch_size: of this rank, default args' own.
         """
         batch_size = batch_size or self.args.batch_size
         self.steps, self.images_per_step = steps, batch_size * self.run.world
@@ -586,8 +753,26 @@ class Stopwatch:
 as_dict = dataclasses.asdict
 
 
+class Checkpoint(dict):
+    """The content of a checkpoint. What is missing in it is a line for the user, not a KeyError."""
+
+    def __init__(self, state, path):
+        super().__init__(state)
+        self.path = path
+
+    def __missing__(self, name):
+        raise UsageError(self.unfinished(name))
+
+    def unfinished(self, lacking):
+        """Why it has not what is wanted, and what to do."""
+        return (
+            f"{self.path}: its training is not finished (step {self.get('step', 0)}), so it has no "
+            f"{lacking}; --resume --out {Path(self.path).parent} finishes it"
+        )
+
+
 def load_checkpoint(path, method=None):
-    """Read a checkpoint (weights only: no code is run) on the CPU.
+    """Read a checkpoint (weights only: no code is run) on the CPU. Returns a `Checkpoint`.
 
     Raises:
         UsageError: missing, unreadable, not a checkpoint of `method`, or of an older layout.
@@ -610,7 +795,7 @@ def load_checkpoint(path, method=None):
             f"{path}: written by an older version of these scripts; train again, or evaluate it "
             "with the version that its run's metrics.json names (commit)"
         )
-    return state
+    return Checkpoint(state, path)
 
 
 def load_model(model, state, path):
@@ -618,24 +803,36 @@ def load_model(model, state, path):
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        lines = str(error).split("\n")
-        first = lines[min(1, len(lines) - 1)].strip()
-        raise UsageError(f"{path}: does not fit this model: {first[:200]}") from None
+        raise UsageError(f"{path}: {_misfit(model.state_dict(), state, error)}") from None
 
 
-def write_atomic(path, content):
-    """Bytes -> file, all or nothing: a temporary sibling is written, synced and renamed."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def _misfit(ours, theirs, error):
+    """In what the weights of a checkpoint differ from those of the model that was built."""
+    advice = "leave out the options that its run did not have"
+    for name in dict.fromkeys([*ours, *theirs]):
+        if name not in theirs:
+            return f"does not fit this model, whose {name} it lacks; {advice}"
+        if name not in ours:
+            return f"does not fit this model, which has no {name}; {advice}"
+        here, there = tuple(ours[name].shape), tuple(theirs[name].shape)
+        if here != there:
+            return f"does not fit this model: {name} is {there} in it and {here} here; {advice}"
+    return f"does not fit this model: {str(error).splitlines()[-1].strip()[:200]}"
+
+
+def check_normal_score(args, state, names):
+    """--predict: files must be scored as the training images were whose scores they are compared
+    with, with the same values of the options `names`. Raises UsageError where they changed."""
+    if not args.predict:
+        return
+    for name in names:
+        before, now = state["args"][name], getattr(args, name)
+        if before != now:
+            raise UsageError(
+                f"--predict: the checkpoint's normal score was taken with "
+                f"--{name.replace('_', '-')} {before}, so it says nothing about {now}; leave "
+                "that option out"
+            )
 
 
 def environment():
@@ -647,7 +844,8 @@ def environment():
     for package in ("torch", "triton", "numpy", "scipy", "pillow"):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-    found["device"] = f"CPU, {torch.get_num_threads()} threads"
+    found["threads"] = torch.get_num_threads()
+    found["device"] = f"CPU, {found['threads']} threads"
     if torch.cuda.is_available():
         found["device"] = torch.cuda.get_device_name()
     return found
@@ -666,33 +864,55 @@ def commit():
 
 
 def launch(main):
-    """Run main() and end as a command should: a user's mistake is one line on stderr, status 2."""
+    """Run main() and end as a command should: a user's mistake is one line on stderr, status 2.
+
+    If the run has taken its folder by then, the line says what is kept. Other errors keep their
+    traceback, and status 1.
+    """
     warnings.formatwarning = _one_line
-    prefix = ""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        prefix = f"[rank {os.environ['RANK']}] "
+    options.any_output()
+    if signal.getsignal(signal.SIGINT) is options.interrupted_early:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         return
-    except UsageError as error:
-        # one from inside a loader process arrives with its traceback as text: the message is its
-        # last line
-        message = str(error).strip().split("\n")[-1].removeprefix("common.UsageError: ")
-        status = 2
-    except torch.OutOfMemoryError:
-        message, status = "the GPU ran out of memory: lower --batch-size or --image-size", 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            raise
-        what = error.filename or "output"
-        message, status = f"{what}: {error.strerror}; nothing that was saved is lost", 2
     except KeyboardInterrupt:
-        message, status = "interrupted; --resume goes on from the last checkpoint", 130
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the second one would interrupt the message
+        message, status = "interrupted", 130
+    except Exception as error:
+        message, status = _message_of(error), 2
+        if message is None:
+            if folder.kept():
+                options.tell(folder.kept())
+            raise
     finally:
+        kept = folder.kept()
+        folder.release()
         if dist.is_initialized():
             dist.destroy_process_group()
-    print(f"{prefix}{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        options.flush_output()
+    prefix = ""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        prefix = f"[rank {os.environ['RANK']}] "
+    line = f"{prefix}{Path(sys.argv[0]).name}: {message}"
+    options.tell(f"{line}; {kept}" if kept else line)
     sys.exit(status)
+
+
+def _message_of(error):
+    """What to tell the user who can mend it; None if the fault is ours."""
+    if isinstance(error, UsageError):
+        # one from inside a loader process arrives with its traceback as text: the message is its
+        # last line
+        return str(error).strip().split("\n")[-1].removeprefix("common.UsageError: ")
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU ran out of memory: lower --batch-size or --image-size"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return "out of memory: lower --batch-size, --image-size or --memory-share"
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+    if isinstance(error, OSError) and error.errno in numbers:
+        return f"{error.filename or 'output'}: {error.strerror}"
+    return None
 
 
 def _one_line(message, *_):

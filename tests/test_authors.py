@@ -150,7 +150,7 @@ class OneNIP:
     def scoring(self, batch):
         _, x, prompt, _ = batch
         p = self.model.encode(prompt)
-        error, logits = onenip.reconstruct(run_stub(), self.model, x, p)
+        error, logits, _ = onenip.reconstruct(run_stub(), self.model, x, p)
         s, score = onenip.combine(error, logits, 5.0, self.args)
         s_rec = onenip.resize(error, 224).squeeze(1)
         mask = onenip.mask_of(logits, 224)
@@ -182,7 +182,7 @@ class UniADInOneNIP(OneNIP):
         return normal(100 * step + 5, 2, 196, 272)
 
     def scoring(self, batch):
-        error, logits = onenip.reconstruct(run_stub(), self.model, batch[0], None)
+        error, logits, _ = onenip.reconstruct(run_stub(), self.model, batch[0], None)
         s, score = onenip.combine(error, logits, 5.0, self.args)
         reconstruction = self.model.decode(self.model.encode(batch[0]), None)
         return {"reconstruction": reconstruction, "map": s, "score": score}
