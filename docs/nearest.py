@@ -72,7 +72,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import UsageError, backbones, report, runtime
+from common import UsageError, backbones, report, runtime, thresholds
 from common.maps import gaussian
 
 # ------------------------------------------------------------------------------------------- model
@@ -125,8 +125,8 @@ def fill(args, run, features, memory, images, class_names):
         chosen = order.repeat(-(-args.patches // len(order)))[: args.patches]
         memory.patches[number] = found[chosen]
     score = Scorer(args, run, features, memory, class_names)
-    normal = report.normal_score(run, args, score, images.samples, images)
-    return job.finish(normal_score=normal)
+    # these images' own patches are in the memory, so their scores are a little too low
+    return job.finish(**thresholds.of_training_images(run, args, score, images.samples, images))
 
 
 def patches_of(args, run, features, images, indices):
@@ -156,17 +156,24 @@ class Scorer:
         self.args, self.run, self.features, self.memory = args, run, features, memory
         self.class_names = class_names
 
-    @torch.no_grad()
     def __call__(self, images, samples):
+        anomaly, scores, _ = self.described(images, samples)
+        return anomaly, scores
+
+    @torch.no_grad()
+    def described(self, images, samples):
+        """The same, and F averaged over its positions, (B, C), for CADA."""
+        features = self.features(images)  # (B, C, h, w)
         distances = []
-        for f, sample in zip(self.features(images), samples):  # f: (C, h, w)
+        for f, sample in zip(features, samples):  # f: (C, h, w)
             patches = f.flatten(1).T  # (C, h, w) -> (h w, C)
             nearest = [self.memory.distance(patches, c) for c in self.compared_with(sample)]
             distances.append(torch.stack(nearest).amin(0).unflatten(0, f.shape[1:]))  # (h, w)
         distance = torch.stack(distances)[:, None]  # (B, 1, h, w)
         size = (self.args.image_size, self.args.image_size)
         anomaly = F.interpolate(distance, size, mode="bilinear", align_corners=False)[:, 0]
-        return gaussian(anomaly, self.args.sigma), distance.amax((1, 2, 3))
+        anomaly = gaussian(anomaly, self.args.sigma)
+        return anomaly, distance.amax((1, 2, 3)), features.mean((2, 3))
 
     def compared_with(self, sample):
         """The class numbers whose memories an image is compared with."""
@@ -179,21 +186,18 @@ class Scorer:
             )
         return [self.class_names.index(sample.cls)]
 
-    @torch.no_grad()
-    def pooled(self, images):
-        """F averaged over its positions, (B, 3, S, S) -> (B, C), for CADA."""
-        return self.features(images).mean((2, 3))
-
 
 # -------------------------------------------------------------------------------------------- main
 
 
 def main():
-    args = runtime.parse(Args, PRESETS, __doc__)
+    args = runtime.parse(Args, PRESETS, __doc__, method="nearest")
     check(args)
     run = runtime.start(args, "nearest")
     state = run.checkpoint_to_evaluate(args)
+    runtime.check_normal_score(args, state, ("image_size", "memory"))
     dataset, images = runtime.training_data(run, args)
+    check_test_images(args, dataset)
     class_names = state["classes"] if state else dataset.classes
     features = run.rank0_first(Features, args).to(run.device)
     memory = Memory(len(class_names), args.patches, features.channels).to(run.device)
@@ -204,7 +208,10 @@ def main():
         state = fill(args, run, features, memory, images, class_names)
     score = Scorer(args, run, features, memory, class_names)
     if args.predict:
-        return report.predict(run, args, score, state["normal_score"])
+        normal, pixel = state["normal_score"], state["pixel_threshold"]
+        return report.predict(run, args, score, normal, pixel_threshold=pixel)
+    if not dataset.test:
+        return thresholds.without_test_images(run, args, dataset, score, state)
     report.evaluate(
         run,
         args,
@@ -212,7 +219,7 @@ def main():
         score,
         setting=setting_of(args, features),
         seconds=state["seconds"],
-        pooled=score.pooled,
+        described=score.described,
     )
 
 
@@ -227,6 +234,11 @@ def check(args):
             "--predict: nobody knows the class of these images; give the checkpoint of a run with "
             "--memory all"
         )
+
+
+def check_test_images(args, dataset):
+    if dataset and not dataset.test and args.memory == "class":
+        raise UsageError("--memory class: without test images take --memory all, for --predict")
 
 
 def setting_of(args, features):
