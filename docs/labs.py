@@ -27,6 +27,7 @@ import numpy as np
 
 PAGE = Path(__file__).resolve().parent / "labs.md"
 ROOT = PAGE.parent.parent
+sys.path.insert(0, str(ROOT))  # the scripts are imported from within the folder of the runs
 ROW = re.compile(r"\| (?:`(runs/[\w-]+)`|printed) \| .*`([^`]+)` \| (.*) \|$")
 DIFF = re.compile(r"--- (\w+)\.py\n- (.*)\n\+ (.*)\n")
 
