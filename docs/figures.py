@@ -34,10 +34,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 import kernels
 from common import UsageError, corruptions, data, pictures, report, runtime
+from kernels.cross_attention import neighbours
 
 PANEL, GAP, TEXT = 224, 6, 22  # pixels: side of a panel, between two, height of the letters
 IMAGES = 4  # rows of a picture
-SHOWN = 10  # tokens of a picture
+SHOWN = 5  # tokens of a picture
 COLOURS = ((230, 159, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (86, 180, 233),
            (213, 94, 0), (120, 120, 120), (0, 0, 0))  # told apart without seeing red or green
 
@@ -207,10 +208,17 @@ def mix(method, found, chosen):
     return grid(rows, ["image", "truth", "error", "refiner", mixed], chosen.names)
 
 
-def attention_weights(layer, query, key):
-    """What an attention layer, seen by hooks, gave each key, averaged over its heads: (B, N, M)."""
-    q, k = layer.split_heads(query), layer.split_heads(key)
-    return (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3).mean(1)
+def attention_weights(query, key, heads, forbidden=None):
+    """What each query (B|1, N, C) gives each key (B, M, C), averaged over the heads: (B, N, M).
+
+    forbidden: (N, M) bool, or None.
+    """
+    q = query.unflatten(2, (heads, -1)).transpose(1, 2)  # (B, N, C) -> (B, heads, N, C/heads)
+    k = key.unflatten(2, (heads, -1)).transpose(1, 2)
+    scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
+    if forbidden is not None:
+        scores = scores.masked_fill(forbidden, -torch.inf)
+    return scores.softmax(3).mean(1)
 
 
 class Seen:
@@ -233,14 +241,16 @@ def attention(method, found, chosen):
     layer = model.decoder[-1].feature_attention
     q, k = Seen(layer.to_q), Seen(layer.to_k)
     score(chosen.batch, chosen.samples)
-    weights = attention_weights(layer, q.output, k.output)  # (B, N, N)
+    forbidden = neighbours(*model.window)
+    weights = attention_weights(q.output, k.output, layer.heads, forbidden).detach()  # (B, N, N)
     rows = []
     for i, (sample, first) in enumerate(zip(chosen.samples, chosen.first)):
         prompt = found.dataset.train[fixed[score.chosen[str(sample.image)]]]
         prompt = pictures.pixels(data.Images([prompt], found.args.image_size)[0])
         row, column = (int(n * model.side / found.args.image_size) for n in chosen.centre(i))
         seen = weights[i, row * model.side + column].unflatten(0, (model.side, model.side))
-        rows.append([marked(first[0], row, column, model.side), panel(prompt), panel(seen.detach().numpy())])
+        token = marked(first[0], row, column, model.side)
+        rows.append([token, panel(prompt), panel(seen.numpy())])
     return grid(rows, ["image, a token", "its prompt", "where it looks"], chosen.names)
 
 
@@ -262,7 +272,7 @@ def tokens(method, found, chosen):
             return None
         q, k = Seen(layer.to_q), Seen(layer.to_k)
         found.score(chosen.batch, chosen.samples)
-        weights = attention_weights(layer, q.output, k.output)  # (B, T, h w)
+        weights = attention_weights(q.output, k.output, layer.heads)  # (B, T, h w)
     else:
         if not model.selector:
             return None
@@ -271,8 +281,7 @@ def tokens(method, found, chosen):
         found.score(chosen.batch, chosen.samples)
         z, positions = seen.inputs
         q, k = layer.to_q(layer.norm_x(z)), layer.to_k(layer.norm_y(positions))
-        q, k = (x.unflatten(2, (layer.heads, -1)).transpose(1, 2) for x in (q, k))
-        weights = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3).mean(1)  # (B, l, h w)
+        weights = attention_weights(q, k, layer.heads)  # (B, l, h w)
     side = int(weights.shape[2] ** 0.5)
     weights = weights.unflatten(2, (side, side)).numpy()
     every = max(1, weights.shape[1] // SHOWN)

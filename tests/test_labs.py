@@ -1,4 +1,4 @@
-"""The course's pages: every command of the labs runs, every number they name comes out, every place they name exists."""
+"""The course's pages: every command of the labs runs, every number that they name comes out, every place exists."""
 
 import importlib
 import re
@@ -69,10 +69,11 @@ def test_a_change_is_made():
 
 def test_numbers_are_written():
     """--write puts texts into the table of their lab, and nowhere else."""
-    page = "## 1 One\n| `runs/a` | x: `mean/mad` | ? |\n## 2 Two\n| `runs/a` | x: `mean/mad` | ? |\n| printed | `gap:` | 1 |\n"
-    assert labs.written(page, 2, {("runs/a", "mean/mad"): "5.0 ± 0.1", (None, "gap:"): "7.0"}) == (
-        page[: page.index("## 2")] + "## 2 Two\n| `runs/a` | x: `mean/mad` | 5.0 ± 0.1 |\n| printed | `gap:` | 7.0 |\n"
-    )
+    row, other = "| `runs/a` | x: `mean/mad` | {} |", "| printed | `gap:` | {} |"
+    before = ["## 1 One", row.format("?"), "## 2 Two", row.format("?"), other.format(1), ""]
+    after = ["## 1 One", row.format("?"), "## 2 Two", row.format("5.0 ± 0.1"), other.format(7), ""]
+    texts = {("runs/a", "mean/mad"): "5.0 ± 0.1", (None, "gap:"): "7"}
+    assert labs.written("\n".join(before), 2, texts) == "\n".join(after)
     assert labs.expectation([80.0, 82.0]) == "81.0 ± 1.0"
     assert labs.expectation([12345678.0]) == "12,345,678"
     assert labs.expectation([3e-8, 3e-8]) == "3.0e-08"
