@@ -39,8 +39,16 @@ from kernels.cross_attention import neighbours
 PANEL, GAP, TEXT = 224, 6, 22  # pixels: side of a panel, between two, height of the letters
 IMAGES = 4  # rows of a picture
 SHOWN = 5  # tokens of a picture
-COLOURS = ((230, 159, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (86, 180, 233),
-           (213, 94, 0), (120, 120, 120), (0, 0, 0))  # told apart without seeing red or green
+COLOURS = (  # told apart without seeing red or green
+    (230, 159, 0),
+    (0, 114, 178),
+    (0, 158, 115),
+    (204, 121, 167),
+    (86, 180, 233),
+    (213, 94, 0),
+    (120, 120, 120),
+    (0, 0, 0),
+)
 
 # ------------------------------------------------------------------------------------- a finished run
 
@@ -182,7 +190,9 @@ def scales(method, found, chosen):
     teacher, student = teacher_and_student(method, found.score, chosen.batch)
     if len(teacher) < 3:  # cada.py --base uniad
         return None
-    distances = [kernels.cosine_map([t], [s], t.shape[2]).numpy() for t, s in zip(teacher, student)]
+    distances = []
+    for t, s in zip(teacher, student):  # (B, C, h, w)
+        distances.append(kernels.cosine_map([t], [s], t.shape[2]).numpy())  # (B, h, w)
     maps = found.score(chosen.batch, chosen.samples)[0].numpy()
     rows = []
     for i, first in enumerate(chosen.first):
@@ -323,7 +333,8 @@ def codes(method, found, chosen, per_class=8, side=720):
     for n, cls in enumerate(found.dataset.classes):
         colour = COLOURS[n % len(COLOURS)]
         draw.text((side + 10, 20 + 30 * n), cls.replace("_", " "), colour, font)
-    draw.text((side + 10, 40 + 30 * len(found.dataset.classes)), "disc: clean\nring: brighter", "black", font)
+    below = side + 10, 40 + 30 * len(found.dataset.classes)
+    draw.text(below, "disc: clean\nring: brighter", "black", font)
     return canvas
 
 
@@ -376,39 +387,50 @@ def draw_hero(folders, path):
 
     Returns the text that says which were missed.
     """
-    kept, names = {}, {}
-    for folder in map(Path, folders):
-        if not (folder / "metrics.json").is_file():
-            raise UsageError(f"{folder}: no finished run (no metrics.json)")
-        result = json.loads((folder / "metrics.json").read_text())
-        names[folder] = result["method"]
-        for cls in result["classes"]:
-            if not (folder / "maps" / f"{cls}.npz").is_file():
-                raise UsageError(f"{folder}: no maps/{cls}.npz; do that run's --eval with --save-maps")
-            with np.load(folder / "maps" / f"{cls}.npz") as file:
-                kept[folder, cls] = {key: file[key] for key in ("paths", "labels", "scores", "maps", "masks")}
-    folders = list(names)
-    classes = [cls for folder, cls in kept if folder == folders[0]]
+    runs = [kept_maps(Path(folder)) for folder in folders]  # [(method, {class: what it kept})]
+    classes = list(runs[0][1])
     columns, missed = [], []
     for cls in classes:
-        of_class = [kept[folder, cls] for folder in folders]
-        path_shown = median_defect(of_class)
-        i = of_class[0]["paths"].tolist().index(path_shown)
-        image = np.asarray(Image.open(path_shown).convert("RGB").resize((PANEL, PANEL)))
-        column = [image, panel(of_class[0]["masks"][i].astype(bool))]
-        for folder, rows in zip(folders, of_class):
-            i = rows["paths"].tolist().index(path_shown)
-            maps, mask = rows["maps"], rows["masks"][i].astype(bool)
-            shown = panel(maps[i], np.median(maps), np.quantile(maps, 0.999))
-            if not mask.ravel()[maps[i].argmax()]:
-                shown = framed(shown, (255, 40, 40))
-                missed.append(f"{names[folder]}: {cls}")
-            column.append(shown)
+        shown = median_defect([kept[cls] for _, kept in runs])
+        _, first = runs[0]
+        at = first[cls]["paths"].tolist().index(shown)
+        image = np.asarray(Image.open(shown).convert("RGB").resize((PANEL, PANEL)))
+        column = [image, panel(first[cls]["masks"][at].astype(bool))]
+        for method, kept in runs:
+            array, hit = map_of(kept[cls], shown)
+            column.append(array)
+            if not hit:
+                missed.append(f"{method}: {cls}")
         columns.append(column)
-    labels = ["image", "truth", *names.values()]
+    labels = ["image", "truth", *(method for method, _ in runs)]
     titles = [cls.replace("_", " ") for cls in classes]
     grid(list(zip(*columns)), titles, labels).save(path)
     return "highest pixel outside the defect (red frame): " + (", ".join(missed) or "none")
+
+
+def kept_maps(folder):
+    """A run's method, and {class: what --save-maps kept of its test images}."""
+    if not (folder / "metrics.json").is_file():
+        raise UsageError(f"{folder}: no finished run (no metrics.json)")
+    result = json.loads((folder / "metrics.json").read_text())
+    kept = {}
+    for cls in result["classes"]:
+        path = folder / "maps" / f"{cls}.npz"
+        if not path.is_file():
+            raise UsageError(f"{folder}: no maps/{cls}.npz; do that run's --eval with --save-maps")
+        with np.load(path) as file:
+            kept[cls] = dict(file)
+    return result["method"], kept
+
+
+def map_of(kept, path):
+    """The panel of one map of a class, from the median of all that class's pixels to their top
+    0.1 %, and whether its highest pixel lies in the defect."""
+    at = kept["paths"].tolist().index(path)
+    maps, mask = kept["maps"], kept["masks"][at].astype(bool)
+    array = panel(maps[at], np.median(maps), np.quantile(maps, 0.999))
+    hit = bool(mask.ravel()[maps[at].argmax()])
+    return (array if hit else framed(array, (255, 40, 40))), hit
 
 
 def median_defect(of_class):
