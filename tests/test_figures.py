@@ -47,7 +47,7 @@ def test_pictures_of_a_run(method, finished, capsys):
     names = [line.split("/")[-1] for line in capsys.readouterr().out.split()]
     assert names == [f"{name}.png" for name in figures.PICTURES[method]]
     for name in names:
-        picture = np.asarray(Image.open(out / "figures" / name))
+        picture = np.asarray(Image.open(out / "figures" / name).convert("RGB"))
         assert min(picture.shape[:2]) >= 2 * figures.PANEL
         if name != "codes.png":  # the last panel of the first row
             last = picture[figures.TEXT + 12 :, -figures.PANEL :][: figures.PANEL]
