@@ -150,7 +150,7 @@ def _number(name, key, printed):
     value = json.loads(Path(name, "metrics.json").read_text())
     for word in key.split("/"):
         value = value[word]
-    return value if key.startswith("seconds") else 100 * value
+    return 100 * value
 
 
 # ------------------------------------------------------------------------------------- the page
