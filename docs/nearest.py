@@ -12,9 +12,12 @@ kept in a memory; a patch of a test image is as anomalous as it is far from the 
     --memory all     with all classes at once: one detector for all, as those of the four scripts
 
 Commands
-    python -m docs.nearest                          embedded data: one memory for each class
+    python -m docs.nearest                          embedded data, one memory for each class: about a
+                                                    minute, I-AUROC 87.5, P-AUROC 92.1; mixed 78.6
     python -m docs.nearest --memory all             the same as one detector for all classes
-    python -m docs.nearest --data FOLDER            your images, in MVTec layout
+    python -m docs.nearest --average 3 --data FOLDER        your images, in MVTec layout. Five real
+                                                    classes (README): I-AUROC 87.9, P-AUROC 94.5,
+                                                    P-AP 50.3; mixed 82.6
 
 The table's last two lines are the "mixed" problem: inside a class the scores order good and defective
 images well, but a score that is normal for one class is a defect's in another, so that in one pool of
