@@ -28,7 +28,6 @@ after `run.open` it also says what is kept.
 """
 
 import contextlib
-import csv
 import dataclasses
 import errno
 import functools
@@ -75,7 +74,7 @@ class Run:
     world: int = 1
     amp: str = "off"
     depths: dict = field(default_factory=dict)  # grey values of each class, see `data.depths`
-    held_out: list = field(default_factory=list)  # good images for `set_threshold`, not trained on
+    held_out: list = field(default_factory=list)  # good images for common/thresholds.py, not trained on
 
     @property
     def is_rank0(self):
@@ -472,81 +471,6 @@ def hold_out(samples, share, seed):
         chosen.update(rng.permutation(own)[:count].tolist())
     kept = [sample for i, sample in enumerate(samples) if i not in chosen]
     return kept, [samples[i] for i in sorted(chosen)]
-
-
-def set_threshold(run, args, dataset, score, state):
-    """The end of a training without test images: the thresholds of --predict, from good images that
-    were not trained on (`run.held_out`), scored as --predict does it.
-
-    Written are threshold.json, scores.csv (their scores) and, into checkpoint.pt, "normal_score",
-    the 99 % quantile of the image scores, and "pixel_threshold", that of the maps' largest values.
-
-    Args:
-        score: (images (B, 3, S, S) uint8 on the run's device, their B samples) -> (maps (B, S, S),
-            scores (B,), and whatever else).
-        state: the finished checkpoint.
-    """
-    if run.held_out and run.is_rank0:  # one process does it all, as in --predict
-        scores, peaks = _scores_of(run, args, score, run.held_out)
-        state["normal_score"] = float(np.quantile(scores, 0.99))
-        state["pixel_threshold"] = float(np.quantile(peaks, 0.99))
-        _write_scores(run.out / "scores.csv", run.held_out, scores)
-    run.save(dict(state))
-    if not run.is_rank0:
-        return
-    found = {
-        "method": run.method,
-        "data": args.data,
-        "problems": dataset.problems,
-        "threshold": state["normal_score"],
-        "pixel threshold": state.get("pixel_threshold"),
-        "quantile": 0.99,
-        "held out": len(run.held_out),
-        "seconds": {"train": round(state["seconds"], 1)},
-        "versions": environment(),
-        "seed": args.seed,
-        "commit": commit(),
-    }
-    write_atomic(run.out / "threshold.json", (json.dumps(found, indent=1) + "\n").encode())
-    checkpoint = run.out / "checkpoint.pt"
-    value = f"{found['threshold']:.4g}"
-    run.say(f"no test images, so no metrics; threshold {value}: {_origin(run, args)}")
-    run.say(f"{run.out}: checkpoint.pt, threshold.json")
-    run.say(f"next: python {Path(sys.argv[0]).name} --eval {checkpoint} --predict PICTURES")
-
-
-def _origin(run, args):
-    """Where the threshold comes from."""
-    if not run.held_out:
-        return "the 99 % quantile of the scores of training images (none was held out)"
-    return (
-        "the 99 % quantile of the scores of good images that were not trained on "
-        f"({len(run.held_out)}, --holdout {args.holdout:g})"
-    )
-
-
-def _scores_of(run, args, score, samples):
-    """Image scores, and the maps' largest values, of samples whose class is not told: two (N,)."""
-    images = data.Images(samples, args.image_size, depths=run.depths)
-    scores, peaks = [], []
-    for first in run.progress(range(0, len(samples), args.batch_size), "threshold"):
-        part = samples[first : first + args.batch_size]
-        batch = torch.stack([images[first + i] for i in range(len(part))])  # (B, 3, S, S)
-        unknown = [data.Sample(sample.image, None, 0, "", "", "") for sample in part]
-        maps, values, *_ = score(run.to_device(batch), unknown)
-        scores += values.float().tolist()
-        peaks += maps.float().amax((1, 2)).tolist()
-    return scores, peaks
-
-
-def _write_scores(path, samples, scores):
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("path", "class", "label", "score"))
-    for sample, value in zip(samples, scores):
-        writer.writerow((sample.image, sample.cls, sample.label, value))
-    # Bytes that are no UTF-8 in a file name are written as they are.
-    write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 # ---------------------------------------------------------------------------------- training loops

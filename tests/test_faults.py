@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 import contract
-from common import UsageError, data, folder, options, runtime
+from common import UsageError, data, folder, options, runtime, thresholds
 from common.options import option
 from conftest import ROOT
 
@@ -283,7 +283,7 @@ def test_a_folder_of_good_images_is_trained_and_gets_its_threshold(tmp_path, cap
         maps = batch.float().mean(1)  # (B, S, S)
         return maps, maps.mean((1, 2))
 
-    assert runtime.set_threshold(run, args, dataset, score, state) is None
+    assert thresholds.without_test_images(run, args, dataset, score, state) is None
     pixels = torch.stack([torch.from_numpy(data.resize_image(data.read_image(sample.image), 16).copy())
                           for sample in run.held_out]).double().mean(3)  # (4, 16, 16)
     kept = runtime.load_checkpoint(tmp_path / "run" / "checkpoint.pt", "method")
