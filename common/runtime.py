@@ -10,7 +10,7 @@ A script uses it in this order:
     run.open(args)                                # output folder, of this run alone; args.json
     ...                                           # train, or load the checkpoint: score, state
     if not dataset.test:                          # a folder of good images only
-        return runtime.set_threshold(run, args, dataset, score, state)
+        return thresholds.without_test_images(run, args, dataset, score, state)
 
 and in its training loop
 
@@ -74,7 +74,7 @@ class Run:
     world: int = 1
     amp: str = "off"
     depths: dict = field(default_factory=dict)  # grey values of each class, see `data.depths`
-    held_out: list = field(default_factory=list)  # good images for common/thresholds.py, not trained on
+    held_out: list = field(default_factory=list)  # good images, not trained on: for the thresholds
 
     @property
     def is_rank0(self):
@@ -268,8 +268,8 @@ class Loader(torch.utils.data.DataLoader):
 
 
 def _in_worker(_):
-    """Prepare a process of a `Loader`: Ctrl-C is the main process's business, as are all errors, which
-    it gets sent. (What is left are connections that break when it ends early.)"""
+    """Prepare a process of a `Loader`: Ctrl-C is the main process's business, as are all errors,
+    which it gets sent. (What is left are connections that break when it ends early.)"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = _in_silence
     ForkingPickler.register(torch.Tensor, _reduced)
