@@ -138,7 +138,11 @@ class Options:
     )
     seed: int = option(0, "seed of everything random", low=0)
     device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
-    workers: int = option(0, "processes that prepare batches", low=0)
+    workers: str = option(
+        "auto",
+        "processes that prepare batches: a number, or auto: with a GPU, one less than there are "
+        "cores, at most 16, where batches hold pixels; else 0",
+    )
     amp: str = option(
         "off",
         "bf16: mixed precision in bfloat16; auto: where the processor computes in it",
@@ -325,6 +329,8 @@ def _of_run_to_resume(out, given, fields):
 
 
 def _check_range(field, value):
+    if field.name == "workers" and value != "auto" and not str(value).isdecimal():
+        raise UsageError(f"--workers {value}: must be auto or a number, 0 or more")
     low, high = field.metadata["low"], field.metadata["high"]
     finite = not isinstance(value, float) or math.isfinite(value)
     too_low = low is not None and value < low

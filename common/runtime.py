@@ -99,13 +99,19 @@ class Run:
         return tensor.to(self.device, non_blocking=True)
 
     def loader(self, dataset, batches, workers):
-        """DataLoader over lists of indices: what is drawn never depends on who draws it."""
+        """DataLoader over lists of indices: what is drawn never depends on who draws it.
+
+        workers: a number of processes, or "auto", see `auto_workers`. Each has up to four batches
+        ready, and with a GPU they lie in pinned memory, from which it fetches them while it computes.
+        """
+        workers = auto_workers(self.device, dataset) if workers == "auto" else int(workers)
         return torch.utils.data.DataLoader(
             dataset,
             batch_sampler=batches,
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
+            prefetch_factor=4 if workers else None,
         )
 
     def batch_indices(self, first, steps, batch_size):
@@ -510,6 +516,33 @@ def precompute(run, function, images, batch_size, memory_share, desc="frozen fea
             result = torch.empty(len(images), *values.shape[1:], dtype=values.dtype)
         result[first:last] = values
     return result
+
+
+MOST_WORKERS = 16  # more do not help: docs/gpu.md
+
+
+def auto_workers(device, dataset):
+    """How many processes should prepare batches for this device: what --workers auto means.
+
+    A GPU must not wait for pixels, so every core of this process's share but one prepares them; on a
+    CPU the cores have the model to compute. Numbers of images alone need no process.
+    """
+    if device.type != "cuda":
+        return 0
+    if isinstance(dataset, Stream) and not _holds_pixels(dataset[0]):
+        return 0
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    own = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(own - 1, MOST_WORKERS))
+
+
+def _holds_pixels(sample):
+    """Whether a sample of a `Stream`, a dictionary of such, has a tensor somewhere in it."""
+    if isinstance(sample, dict):
+        return any(_holds_pixels(value) for value in sample.values())
+    return isinstance(sample, torch.Tensor)
 
 
 @functools.lru_cache(maxsize=2)

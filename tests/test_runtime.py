@@ -47,6 +47,7 @@ def test_preset_follows_the_data_and_a_given_option_wins():
 @pytest.mark.parametrize("words, named", [
     (["--widht", "3"], "--widht"), (["--width", "three"], "--width"), (["--width", "0"], "--width"),
     (["--rate", "nan"], "--rate"), (["--rate", "1.5"], "--rate"), (["--device", "tpu"], "--device"),
+    (["--workers", "many"], "--workers"), (["--workers", "-1"], "--workers"),
     (["--predict", "x.png"], "--eval"), (["--resume", "--overwrite"], "--resume"), (["--wid", "3"], "--wid"),
     (["--corrupt", "fog"], "fog"),
     (["--shift", "all", "--corrupt", "contrast"], "--shift")])
@@ -372,3 +373,28 @@ def test_learning_rate():
     curve = [runtime.lr_factor(s, 100, "cosine") for s in range(100)]
     assert max(curve) == curve[4] == 1.0 and curve[0] == 0.2 and curve[99] < 0.01
     assert curve[4:] == sorted(curve[4:], reverse=True)
+
+
+@pytest.mark.parametrize("needs_images, cores, ranks, expected", [
+    (True, 8, 1, 7), (True, 64, 1, 16), (True, 1, 1, 1), (True, 64, 8, 7), (False, 64, 1, 0)])
+def test_auto_workers_feed_a_gpu(needs_images, cores, ranks, expected, monkeypatch):
+    """All cores but one of a process's share prepare pixels, 16 at most; for numbers of images no process is started,
+    and none on a CPU, whose cores train."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    stream = runtime.Stream([torch.zeros(3, 2, 2, dtype=torch.uint8)] * 5, 0, 2, needs_images)
+    assert runtime.auto_workers(torch.device("cuda"), stream) == expected
+    assert runtime.auto_workers(torch.device("cuda"), {"a list of": "test images"}) == max(1, min(cores // ranks - 1, 16))
+    assert runtime.auto_workers(torch.device("cpu"), stream) == 0
+
+
+@pytest.mark.parametrize("workers", ["auto", "0", "2"])
+def test_batches_do_not_depend_on_who_draws_them(workers, tmp_path):
+    """Any number of processes gives the same samples in the same order."""
+    run = make_run(tmp_path)
+    images = [torch.full((3, 2, 2), i, dtype=torch.uint8) for i in range(5)]
+    loader = run.loader(runtime.Stream(images, 0, 2, True), run.batch_indices(0, 6, 2), workers)
+    alone = runtime.Stream(images, 0, 2, True)
+    for step, batch in enumerate(loader):
+        assert batch["index"].tolist() == [alone.index(2 * step), alone.index(2 * step + 1)]
+        assert batch["image"][:, 0, 0, 0].tolist() == batch["index"].tolist()
