@@ -1032,7 +1032,7 @@ def train_calibration(args, run, base, images, samples, state):
     described = Described(args, run, base, images, samples)
     frozen = runtime.Frozen(run, described, numbers, args, "calibration targets")
     if frozen.rows is not None:
-        own = frozen.rows[:, :2]  # (N, 2)
+        own = frozen.rows[:, :2].cpu()  # (N, 2)
     else:
         own = runtime.precompute(
             run, described.statistics, numbers, args.batch_size, 1.0, "calibration targets"

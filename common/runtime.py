@@ -459,25 +459,29 @@ class Training:
         return state
 
 
+FROZEN_BATCH = 32  # images whose features are computed at once, whatever the batch of a step is
+
+
 class Frozen:
     """What a frozen network makes of the training images, by batches.
 
-    It is computed once and kept in host memory where --memory-share allows, else computed from the
-    images at every step.
+    It is computed once and kept where there is room for it (see `precompute`), else computed from
+    the images at every step. Without a GPU that is the host's memory. With one it is the GPU's own,
+    else pinned host memory, from which the rows of a step are fetched while the step before computes.
 
     Args:
-        features: the network. forward: uint8 (B, 3, S, S) -> rows (B, ...); split: rows -> what the
-            model takes.
+        features: the network. forward: uint8 (B, 3, S, S) -> rows (B, ...); split: rows, as float32,
+            -> what the model takes.
         images: indexable, images[i] -> uint8 (3, S, S).
         title: of the progress bar.
     Attributes:
-        rows: (N, ...) in host memory, or None.
+        rows: (N, ...), or None.
     """
 
     def __init__(self, run, features, images, args, title="frozen features"):
         self.run, self.features = run, features
         share = args.memory_share
-        self.rows = precompute(run, features, images, args.batch_size, share, title)
+        self.rows = precompute(run, features, images, FROZEN_BATCH, share, title, near=True)
 
     @property
     def needs_images(self):
@@ -487,35 +491,121 @@ class Frozen:
     def __call__(self, batch):
         """{"index": (B,)} and, if `needs_images`, {"image": uint8 (B, 3, S, S)} -> features.split's
         result, on the device."""
-        if self.rows is not None:
-            rows = self.run.to_device(self.rows[batch["index"]])
-        else:
+        if self.rows is None:
             rows = self.features(self.run.to_device(batch["image"]))
-        return self.features.split(rows)
+        elif self.rows.device == self.run.device:
+            rows = self.rows[self.run.to_device(batch["index"])]
+        else:
+            rows = self._fetch(batch["index"])
+        return self.features.split(rows.float())
+
+    def _fetch(self, index):
+        """Rows (B, ...) from pinned memory. Nothing waits: the copies are queued behind the step
+        before, and what they read never changes."""
+        shape = len(index), *self.rows.shape[1:]
+        fetched = torch.empty(shape, dtype=self.rows.dtype, device=self.run.device)
+        for place, i in enumerate(index.tolist()):
+            fetched[place].copy_(self.rows[i], non_blocking=True)
+        return fetched
 
 
-def precompute(run, function, images, batch_size, memory_share, desc="frozen features"):
+def precompute(
+    run, function, images, batch_size, memory_share, desc="frozen features", near=False
+):
     """function(batch) of every image, computed once.
+
+    Several processes share the batches out and send one another what they computed, so that each
+    has all of it, with the bits that one process would have.
 
     Args:
         function: (B, 3, S, S) uint8 on the device -> (B, ...) tensor; deterministic.
         images: indexable, images[i] -> (3, S, S) uint8.
+        batch_size: the same on all ranks.
         memory_share: of the free memory; results that would take more are not kept.
+        near: keep them in the GPU's memory if they fit into this share of what is free there, else in
+            pinned memory if that pays (see `worth_moving`).
     Returns:
-        (N, ...) tensor in host memory, or None when it would not fit.
+        (N, ...) tensor, or None when it is not kept.
     """
-    result = None
-    for first in run.progress(range(0, len(images), batch_size), desc):
-        last = min(first + batch_size, len(images))
-        batch = torch.stack([images[i] for i in range(first, last)])
-        values = function(batch.to(run.device)).cpu()
-        if result is None:
-            need = len(images) * values[0].numel() * values.element_size() * run.world
-            if need > memory_share * data.free_memory():
-                return None
-            result = torch.empty(len(images), *values.shape[1:], dtype=values.dtype)
-        result[first:last] = values
+    firsts = range(0, len(images), batch_size)
+    batches = [list(range(first, min(first + batch_size, len(images)))) for first in firsts]
+    # rank 0 has batches 1, 1 + world, ..., rank 1 the next ones; number 0 is everybody's, to see
+    # how much there will be
+    own = [batches[0], *batches[1 + run.rank :: run.world]]
+    undecoded = isinstance(images, data.Images) and not images.cached
+    drawn = iter(run.loader(images, own, "auto" if undecoded else 0))
+    batch = next(drawn)
+    values = function(run.to_device(batch))  # (B, ...)
+    home = _home(run, function, batch, values, images, memory_share, near)
+    if home is None:
+        return None
+    pinned = near and home != run.device
+    shape = len(images), *values.shape[1:]
+    result = torch.empty(shape, dtype=values.dtype, device=home, pin_memory=pinned)
+    result[: len(values)] = values
+    for first in run.progress(range(1, len(batches), run.world), desc):
+        share = batches[first : first + run.world]  # a batch for each rank, fewer at the end
+        if run.rank < len(share):
+            computed = function(run.to_device(next(drawn))).contiguous()
+        for rank, indices in enumerate(share):
+            values = computed if rank == run.rank else None
+            if values is None:
+                shape = len(indices), *result.shape[1:]
+                values = torch.empty(shape, dtype=result.dtype, device=run.device)
+            if run.world > 1:
+                dist.broadcast(values, rank)
+            result[indices[0] : indices[-1] + 1] = values
     return result
+
+
+def _home(run, function, batch, values, images, memory_share, near):
+    """Where the results of `precompute` are kept: a device, the same on all ranks; None: nowhere.
+
+    values: those of `batch`, the first one.
+    """
+    need = len(images) * values[0].numel() * values.element_size()  # bytes
+    places = [None, torch.device("cpu"), run.device]
+    on_gpu = near and run.device.type == "cuda"
+    choice = 0
+    if on_gpu and need <= memory_share * torch.cuda.mem_get_info(run.device)[0]:
+        choice = 2
+    elif not on_gpu or worth_moving(function, run.to_device(batch[:1]), values[:1], images):
+        if on_gpu:
+            need = 2 ** math.ceil(math.log2(need))  # as PyTorch pins memory
+        need *= int(os.environ.get("LOCAL_WORLD_SIZE", run.world))  # each process keeps all
+        choice = int(need <= memory_share * data.free_memory())
+    if run.world > 1:
+        choice = torch.tensor(choice, device=run.device)
+        dist.all_reduce(choice, op=dist.ReduceOp.MIN)
+        choice = choice.item()
+    return places[choice]
+
+
+# A GPU computes a frozen network at some 60 TFLOP/s, and fetches from pinned memory at some 20 GB/s.
+OPERATIONS_PER_BYTE = 3000
+
+
+def worth_moving(function, image, row, images):
+    """Whether it is better to fetch a row (1, ...) from pinned memory at every step than to compute it
+    from its image (1, 3, S, S) again, which must be fetched as well.
+
+    It is if that saves at least OPERATIONS_PER_BYTE operations (a multiply-add is two) for each byte
+    that the row is longer than the image; and always if the image would have to be decoded.
+    """
+    if isinstance(images, data.Images) and not images.cached:
+        return True
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        function(image)
+    longer = row.numel() * row.element_size() - image.numel() * image.element_size()
+    return counter.get_total_flops() >= OPERATIONS_PER_BYTE * longer
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, n):
+    """Every training image once an epoch, in random order."""
+    return np.random.default_rng([seed, 1, epoch]).permutation(n)
 
 
 MOST_WORKERS = 16  # more do not help: docs/gpu.md
@@ -543,12 +633,6 @@ def _holds_pixels(sample):
     if isinstance(sample, dict):
         return any(_holds_pixels(value) for value in sample.values())
     return isinstance(sample, torch.Tensor)
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed, epoch, n):
-    """Every training image once an epoch, in random order."""
-    return np.random.default_rng([seed, 1, epoch]).permutation(n)
 
 
 class Stream(torch.utils.data.Dataset):

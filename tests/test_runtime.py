@@ -398,3 +398,31 @@ def test_batches_do_not_depend_on_who_draws_them(workers, tmp_path):
     for step, batch in enumerate(loader):
         assert batch["index"].tolist() == [alone.index(2 * step), alone.index(2 * step + 1)]
         assert batch["image"][:, 0, 0, 0].tolist() == batch["index"].tolist()
+
+
+def test_rows_are_moved_where_that_costs_less_than_computing_them():
+    """A convolution of known cost: 2 * 9 * 3 * 16 * 30 * 30 operations give 57,600 bytes of float32 for 3,072 of pixels,
+    14 operations a byte. A row that is shorter than its image is always moved, and where the image would have to be
+    decoded any row is."""
+    image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    wide = lambda x: torch.conv2d(x.float(), torch.zeros(16, 3, 3, 3))  # noqa: E731
+    small = lambda x: wide(x).mean((2, 3))  # noqa: E731
+    ratio_here = 2 * 9 * 3 * 16 * 30 * 30 / (57_600 - 3_072)
+    for ratio, expected in (ratio_here + 1, False), (ratio_here - 1, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runtime, "OPERATIONS_PER_BYTE", ratio)
+            assert runtime.worth_moving(wide, image, wide(image), [image[0]]) == expected
+    assert runtime.worth_moving(small, image, small(image), [image[0]])
+    undecoded = runtime.data.Images([], 32)
+    assert runtime.worth_moving(wide, image, wide(image), undecoded)
+
+
+def test_rows_fetched_one_by_one_are_the_batch(tmp_path):
+    """How a GPU gets its rows from pinned memory, here from plain memory: those of the index, in its order; bfloat16
+    rows are handed out in float32."""
+    loop = Loop(tmp_path)
+    frozen = runtime.Frozen(loop.run, Means(), loop.images, loop.args)
+    assert frozen._fetch(torch.tensor([3, 0, 3]))[:, 0].tolist() == [3, 0, 3]
+    frozen.rows = frozen.rows.bfloat16()
+    given = frozen({"index": torch.tensor([4, 1])})
+    assert given.dtype == torch.float32 and given[:, 0].tolist() == [4, 1]
