@@ -1315,7 +1315,8 @@ def main():
 def calibrate_base(args, run, dataset, images, state):
     """The usual run: a base is trained, or taken from the checkpoint `state`, and calibrated."""
     Base = BASES[args.base]
-    features = run.rank0_first(Base.features, args).to(run.device)
+    features = run.rank0_first(Base.features, args)
+    run.place(features)
     torch.manual_seed(args.seed)  # initial weights: the same on every rank
     model = Base(args, features.channels, features.sides).to(run.device)
     if images and not state:

@@ -1104,7 +1104,7 @@ def main():
     state = run.checkpoint_to_evaluate(args)
     dataset, images = runtime.training_data(run, args)
     features = run.rank0_first(Features, args.backbone, args.weights, args.image_size)
-    features.to(run.device)
+    run.place(features)
     torch.manual_seed(args.seed)  # initial weights: the same on every rank
     model = OneNIP(features.channels, features.side, args).to(run.device)
     if images and not state:

@@ -55,11 +55,18 @@ class Backbone(nn.Module):
     """What both families share. A frozen network stays in eval mode and needs no gradient, whatever contains it."""
 
     frozen = False
+    bf16 = False            # whether it is computed in bfloat16 (its outputs are, too); see `Run.place`
     name: str               # one of NAMES
     weights_note: str       # where the weights come from, one phrase for the report
     channels: list[int]     # of each output
     strides: list[int]      # of each output: (H, W) / stride, rounded up
     not_built: list[str]    # how the keys of the layers after the cut begin, in a checkpoint of the whole network
+
+    def __call__(self, x):
+        if not self.bf16:
+            return super().__call__(x)
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            return super().__call__(x)
 
     def train(self, mode=True):
         return super().train(mode and not self.frozen)
@@ -409,7 +416,7 @@ class Pyramid(nn.Module):
 
     def maps(self, images):
         """uint8 (B, 3, S, S) -> [f1, f2, f3], each (B, C, h, w)."""
-        return self.split(self(images))
+        return self.split(self(images).float())
 
 
 def all_stages(name):

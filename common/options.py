@@ -155,6 +155,11 @@ class Options:
     )
     log_every: int = option(50, "steps between two lines of log.jsonl", low=1)
     checkpoint_every: int = option(500, "steps between two checkpoints", low=1)
+    compile: bool = option(
+        False,
+        "compile the trained part (torch.compile): the first steps take minutes, jitter and dropout "
+        "draw other noise; needs a C++ compiler",
+    )
 
 
 # ----------------------------------------------------------------------------------- parsing

@@ -32,6 +32,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -62,6 +63,7 @@ class Run:
     rank: int = 0
     world: int = 1
     amp: str = "off"
+    compile: bool = False
 
     @property
     def is_rank0(self):
@@ -195,13 +197,26 @@ class Run:
         """(model, parallel): what `parallel` computes has its gradients averaged over the ranks.
 
         With several processes on GPUs the batch norms see all of a step. With one process both are
-        the model itself.
+        the model itself, but that --compile compiles `parallel`: on one GPU into CUDA graphs, where
+        PyTorch finds that it can.
         """
-        if self.world == 1:
-            return model, model
-        if self.device.type == "cuda":
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return model, torch.nn.parallel.DistributedDataParallel(model)
+        parallel = model
+        if self.world > 1:
+            if self.device.type == "cuda":
+                model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            parallel = torch.nn.parallel.DistributedDataParallel(model)
+        if self.compile:
+            graphs = self.device.type == "cuda" and self.world == 1
+            parallel = torch.compile(parallel, mode="reduce-overhead" if graphs else None)
+        return model, parallel
+
+    def place(self, features):
+        """Move a frozen network to the device. With --amp a GPU computes it in bfloat16 as well.
+
+        On a CPU it stays in float32: there it is computed once, at the start.
+        """
+        features.to(self.device)
+        features.backbone.bf16 = self.amp == "bf16" and self.device.type == "cuda"
 
     def gather(self, items):
         """Concatenate every rank's list, in rank order, on all ranks (small objects only)."""
@@ -250,12 +265,15 @@ def start(args, method):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # TF32, in which convolutions are computed anyway
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     amp = args.amp
     if amp == "auto":
         amp = "bf16" if _has_bf16(device) else "off"
-    run = Run(method, Path(args.out), device, rank, world, amp)
+    if args.compile:
+        _check_compiler()
+    run = Run(method, Path(args.out), device, rank, world, amp, args.compile)
     if run.is_rank0:
         _refuse_to_overwrite(run.out, args)
     return run
@@ -274,6 +292,15 @@ def _device(args):
             "--kernels triton: Triton kernels need a CUDA device; use --kernels auto, or torch"
         )
     return torch.device("cpu")
+
+
+def _check_compiler():
+    known = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
+    if not any(map(shutil.which, known)):
+        raise UsageError(
+            "--compile: PyTorch needs a C++ compiler, and there is none ($CXX, g++, clang++); install "
+            "one, or leave --compile out"
+        )
 
 
 def _has_bf16(device):

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from common import UsageError, runtime
+from common import UsageError, backbones, runtime
 from common.runtime import option
 
 
@@ -426,3 +426,45 @@ def test_rows_fetched_one_by_one_are_the_batch(tmp_path):
     frozen.rows = frozen.rows.bfloat16()
     given = frozen({"index": torch.tensor([4, 1])})
     assert given.dtype == torch.float32 and given[:, 0].tolist() == [4, 1]
+
+
+@pytest.mark.skipif(not any(map(runtime.shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
+def test_compiled_training_computes_the_same(tmp_path):
+    """--compile: outputs and gradients of a small network within float error; the weights are the model's own, under
+    their own names."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.GELU(), torch.nn.Linear(5, 2))
+    model, parallel = make_run(tmp_path, compile=True).wrap(network)
+    assert parallel is not model and model is network
+    parallel.train()
+    found = []
+    for function in model, parallel:
+        model.zero_grad()
+        out = function(torch.linspace(-1, 1, 24).reshape(4, 6))
+        out.square().sum().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+    for expected, given in zip(*found):
+        torch.testing.assert_close(given, expected)
+
+
+def test_compile_without_a_compiler_is_refused(tmp_path, monkeypatch):
+    """Before anything is computed, in one line."""
+    monkeypatch.setattr(runtime.shutil, "which", lambda _: None)
+    with pytest.raises(UsageError, match="--compile: PyTorch needs a C.. compiler"):
+        runtime.start(parse("--compile", "--out", str(tmp_path / "run")), "method")
+
+
+def test_a_gpu_computes_frozen_networks_in_bf16_with_amp():
+    """What `Run.place` asks for on a GPU, here on the CPU: bfloat16 outputs near the float32 ones, whose maps
+    `Pyramid.maps` gives in float32; on a CPU it asks for nothing."""
+    torch.manual_seed(0)
+    pyramid = backbones.Pyramid("resnet18", "random", 64)
+    images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    exact = pyramid.maps(images)
+    make_run(None, amp="bf16").place(pyramid)
+    assert not pyramid.backbone.bf16
+    pyramid.backbone.bf16 = True
+    assert pyramid(images).dtype == torch.bfloat16
+    for rounded, f in zip(pyramid.maps(images), exact):
+        assert rounded.dtype == torch.float32
+        assert 0 < (rounded - f).norm() < 0.02 * f.norm()
