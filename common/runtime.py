@@ -64,6 +64,7 @@ class Run:
     world: int = 1
     amp: str = "off"
     compile: bool = False
+    speed: dict = dataclasses.field(default_factory=dict)  # see `Training.speed`, by part
 
     @property
     def is_rank0(self):
@@ -419,11 +420,32 @@ class Training:
         """
         batch_size = batch_size or self.args.batch_size
         self.steps, self.images_per_step = steps, batch_size * self.run.world
-        self.first, self.loop_clock = self.done, Stopwatch()
+        self.first, self.waited, self.loop_clock = self.done, 0.0, Stopwatch()
+        if self.run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.run.device)
         indices = self.run.batch_indices(self.first, steps, batch_size)
         loader = self.run.loader(dataset, indices, self.args.workers)
-        bar = self.run.progress(loader, title, steps, self.first)
-        yield from enumerate(bar, self.first)
+        asked = time.monotonic()
+        for step, batch in enumerate(self.run.progress(loader, title, steps, self.first), self.first):
+            self.waited += time.monotonic() - asked
+            yield step, batch
+            asked = time.monotonic()
+
+    def speed(self):
+        """What limits this session's steps, for log.jsonl and metrics.json.
+
+        Returns {"images_per_s": of all ranks together, "data_wait": share of the time in which the
+        loop waited for its next batch, 0 to 1; on a GPU also "peak_gpu_gib": GiB of this process's
+        tensors at most}.
+        """
+        seconds = self.loop_clock()
+        images = (self.done - self.first) * self.images_per_step
+        found = {"images_per_s": round(images / seconds, 1)}
+        found["data_wait"] = round(self.waited / seconds, 3)
+        if self.run.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.run.device)
+            found["peak_gpu_gib"] = round(peak / 2**30, 2)
+        return found
 
     def set_rate(self, step):
         """Set the learning rate of `step`, of every parameter group in proportion to its own."""
@@ -456,11 +478,11 @@ class Training:
             self.run.save(self.state())
 
     def _log(self, done, loss, parts):
-        images = (self.done - self.first) * self.images_per_step
         losses = self.run.mean({"loss": loss, **parts})
         rate = self.optimizer.param_groups[0]["lr"]
-        speed = round(images / self.loop_clock(), 1)
-        self.run.log({"step": done, **self.log_as, **losses, "lr": rate, "images_per_s": speed})
+        speed = self.speed()
+        self.run.speed[self.part] = speed  # the last step has a line
+        self.run.log({"step": done, **self.log_as, **losses, "lr": rate, **speed})
 
     def state(self, **more):
         """The checkpoint at this point of the training."""

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import sys
+import time
 
 import pytest
 import torch
@@ -236,6 +237,26 @@ class Loop:
             if step == fails_at:
                 raise KeyboardInterrupt
         return self.job.finish(more=1)
+
+
+def test_the_log_says_what_the_loop_waits_for(tmp_path):
+    """A step of 10 ms whose batch takes 30 ms waits for data three quarters of the time; metrics.json gets the last
+    line's figures."""
+    loop = Loop(tmp_path, "--log-every", "4", "--memory-share", "0", "--workers", "0")
+
+    class Slow(runtime.Stream):
+        def __getitem__(self, k):
+            time.sleep(0.015)
+            return {"index": 0}
+
+    for step, _ in loop.job.batches(Slow(loop.images, 0, 2, False), 8):
+        time.sleep(0.01)
+        loop.job.set_rate(step)
+        loop.job.record(loop.model.weight.sum(), {})
+    last = lines_of(tmp_path)[-1]
+    assert 0.5 < last["data_wait"] < 0.9  # a busy machine stretches both parts
+    assert 0 < last["images_per_s"] < 2 / 0.04 and "peak_gpu_gib" not in last
+    assert loop.run.speed["model"].items() <= last.items()
 
 
 class Means:
