@@ -37,6 +37,7 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,7 @@ class Run:
     amp: str = "off"
     compile: bool = False
     speed: dict = dataclasses.field(default_factory=dict)  # see `Training.speed`, by part
+    writing: Future | None = None  # of the checkpoint that is being written
 
     @property
     def is_rank0(self):
@@ -173,13 +175,26 @@ class Run:
             write_atomic(path, "".join(line + "\n" for line in lines).encode())
 
     def save(self, state, name="checkpoint.pt"):
-        """Write a checkpoint atomically: a crash or a full disk leaves the one before intact."""
-        if self.is_rank0:
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
-            write_atomic(self.out / name, buffer.getbuffer())
+        """Write a checkpoint in a thread, while the training goes on from the state copied here.
+
+        It is written atomically: a crash or a full disk leaves the one before intact. What goes wrong
+        in the thread is raised by the next `save` or by `finish_saving`.
+        """
+        if not self.is_rank0:
+            return
+        self._wait_for_writer()
+        self.writing = WRITER.submit(_write_checkpoint, self.out / name, _copied(state))
+
+    def finish_saving(self):
+        """Return when the last checkpoint is on the disk. All ranks must call it."""
+        self._wait_for_writer()
         if self.world > 1:
             dist.barrier()
+
+    def _wait_for_writer(self):
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()  # raises what the thread did
 
     def checkpoint_to_evaluate(self, args):
         """The checkpoint that --eval names; None without --eval."""
@@ -240,12 +255,33 @@ class Run:
             dist.all_reduce(not_finite, op=dist.ReduceOp.MAX)
         if not not_finite.item():
             return
+        self._wait_for_writer()
         kept = "nothing was saved"
         if (self.out / "checkpoint.pt").is_file():
             kept = "the checkpoint before it is kept"
         raise UsageError(
             f"the loss became NaN or infinite by step {step}; {kept}: try a lower --lr or --amp off"
         )
+
+
+WRITER = ThreadPoolExecutor(max_workers=1)  # of checkpoints; a process that ends lets it finish
+
+
+def _write_checkpoint(path, state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomic(path, buffer.getbuffer())
+
+
+def _copied(state):
+    """A checkpoint's dictionaries, lists and tensors, copied to the CPU; all else as it is."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_copied(value) for value in state]
+    return state
 
 
 def _step_of(line):
@@ -505,6 +541,7 @@ class Training:
         finished = [*self.contents["finished"], self.part]
         state = self.state(finished=finished, **more)
         self.run.save(state)
+        self.run.finish_saving()
         return state
 
 

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import sys
+import threading
 import time
 
 import pytest
@@ -302,8 +303,10 @@ def test_a_resumed_training_is_the_uninterrupted_one(fails_at, tmp_path):
     each line once. A finished training is not begun again."""
     words = ("--log-every", "1", "--checkpoint-every", "3")
     whole = Loop(tmp_path / "whole", *words).train(13)
+    parts = Loop(tmp_path / "parts", *words)
     with pytest.raises(KeyboardInterrupt):
-        Loop(tmp_path / "parts", *words).train(13, fails_at=fails_at)
+        parts.train(13, fails_at=fails_at)
+    parts.run.finish_saving()  # as a process does before it ends
     loop = Loop(tmp_path / "parts", "--resume")
     assert bool(loop.job.resumed) == (fails_at >= 2) and not loop.job.finished
     state = loop.train(13)
@@ -489,3 +492,43 @@ def test_a_gpu_computes_frozen_networks_in_bf16_with_amp():
     for rounded, f in zip(pyramid.maps(images), exact):
         assert rounded.dtype == torch.float32
         assert 0 < (rounded - f).norm() < 0.02 * f.norm()
+
+
+def test_a_checkpoint_is_written_beside_the_training(tmp_path, monkeypatch):
+    """The file holds the state of its step though the training has changed the weights meanwhile; the next one waits
+    for it."""
+    run, weight = make_run(tmp_path), torch.zeros(3)
+    state = {"method": "method", "args": {}, "model": {"w": weight}, "finished": [], "list": [weight]}
+    go_on = threading.Event()
+    write = runtime._write_checkpoint
+    monkeypatch.setattr(runtime, "_write_checkpoint", lambda *what: (go_on.wait(), write(*what)))
+    run.save(state)
+    assert not (tmp_path / "checkpoint.pt").exists(), "it waits, and `save` has returned"
+    weight += 1
+    go_on.set()
+    run.finish_saving()
+    kept = runtime.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert kept["model"]["w"].tolist() == kept["list"][0].tolist() == [0, 0, 0]
+    run.save(state)
+    run.save(state)
+    run.finish_saving()
+    assert runtime.load_checkpoint(tmp_path / "checkpoint.pt")["model"]["w"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("then", ["save", "finish_saving"])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_later(then, tmp_path, monkeypatch):
+    """A full disk shows at the next checkpoint or at the end; the checkpoint before is whole."""
+    run, state = make_run(tmp_path), {"method": "method", "args": {}, "model": {}, "finished": []}
+    run.save(state)
+    run.finish_saving()
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    run.save({**state, "step": 3})
+    with pytest.raises(OSError, match="No space left"):
+        run.save(state) if then == "save" else run.finish_saving()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
