@@ -717,6 +717,10 @@ class JoinedMaps(backbones.Pyramid):
         self.channels = [sum(self.backbone.channels)]
         self.sides = [image_size // 16]
 
+    @staticmethod
+    def channels_last(device):
+        return True  # a transformer takes them as tokens of C numbers
+
     def join(self, maps):
         size = (self.sides[0], self.sides[0])
         resized = []
