@@ -336,6 +336,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -696,14 +697,27 @@ class ReContrast(RevDist):
 
 def hard_mining(target, rebuilt, k):
     """`rebuilt` (B, C, h, w) unchanged, but no gradient where 1 - cos is below mean + k std of the
-    batch."""
+    step's whole batch, the other processes' images included."""
     with torch.no_grad():
         distance = 1 - F.cosine_similarity(target, rebuilt, dim=1)  # (B, h, w)
-        hard = (distance >= distance.mean() + k * distance.std())[:, None]  # (B, 1, h, w)
+        mean, std = moments(distance)
+        hard = (distance >= mean + k * std)[:, None]  # (B, 1, h, w)
     mined = rebuilt.view_as(rebuilt)  # a node of its own in the graph
     if mined.requires_grad:
         mined.register_hook(lambda gradient: gradient * hard)
     return mined
+
+
+def moments(values):
+    """Mean and standard deviation of the values of all processes (each has as many), scalars."""
+    if not dist.is_initialized():
+        return values.mean(), values.std()
+    count = values.numel() * dist.get_world_size()
+    mean = values.sum() / count
+    dist.all_reduce(mean)
+    variance = (values - mean).square().sum() / (count - 1)
+    dist.all_reduce(variance)
+    return mean, variance.sqrt()
 
 
 # ----------------------------------------------------------------------------------- bases: UniAD

@@ -884,6 +884,11 @@ def launch(main):
         status = 2
     except torch.OutOfMemoryError:
         message, status = "the GPU ran out of memory: lower --batch-size or --image-size", 2
+    except RuntimeError as error:
+        if not _lost_a_process(error):
+            raise
+        message = "another process of this run has ended; --resume goes on from the last checkpoint"
+        status = 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise
@@ -896,6 +901,14 @@ def launch(main):
             dist.destroy_process_group()
     print(f"{prefix}{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def _lost_a_process(error):
+    """Whether an error is what the processes of a run get when one of them is gone."""
+    if isinstance(error, dist.DistError):  # NCCL's
+        return True
+    signs = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting"
+    return dist.is_initialized() and any(sign in str(error) for sign in signs)
 
 
 def _one_line(message, *_):
