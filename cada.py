@@ -52,13 +52,15 @@ Where this file differs from the paper (P), which has no public code, or from it
      and divided by √C: at P's rate SGD diverges on features whose squared norm is large, as that of 512 channels is.
   3. Targets: u and γ of the map before smoothing, base in evaluation mode; calibration before smoothing, as C does.
      Smoothing pads with zeros, as C does, after û was subtracted: so, against what P says, calibration is not
-     order-preserving inside a class (--padding reflect). And it lowers a map's maximum, in one class more than in another, while the image score is a mean
-     of many pixels: --statistic score (not in P) takes the image score of the smoothed map for γ, so that this is what
-     is calibrated.
+     order-preserving inside a class (--padding reflect). And it lowers a map's maximum, in one class more than in
+     another, while the image score is a mean of many pixels: --statistic score (not in P) takes the image score of the
+     smoothed map for γ, so that this is what is calibrated.
   4. γ̂ - û is at least the smallest γ - u of a training image; metrics.json says how often it was not ("clamped").
   5. (u, σ), --statistic std: the head predicts û and σ̂; u + 3σ stands for γ in loss and calibration, as P's text says.
   6. RevDist and ReContrast: flattened cosine per image as in C, not per location as in reverse distillation's paper
      (--cosine location). ReContrast follows C (amsgrad, eps 1e-10, encoder's batch norm in evaluation mode).
+     UniAD's map is the mean over channels of the squared error, resized with corners not aligned, as in C (Dinomaly's
+     evaluation of UniAD); UniAD's own code takes the norm, with corners aligned.
   7. Learning rate x 0.2 at 80 % of the steps from C (UniAD: x 0.1, and its clipping at 0.1, from UniAD's code).
   8. Maps of --base-run are divided by the mean maximum of the training images, so that α and the learning rate of the
      head suit every method. Calibration undoes it; no metric depends on it.
@@ -887,11 +889,6 @@ class Trained:
             targets, rebuilt, phi = self.model.eval()(maps, images)
         return self.model.anomaly_map(targets, rebuilt, self.args.image_size), phi.float()
 
-    def pooled(self, images):
-        """φ averaged over its positions, (B, 3, S, S) -> (B, C): what --save-maps keeps."""
-        _, phi = self(images, None)
-        return phi.mean((2, 3))
-
 
 class Recorded:
     """--base-run: a finished run of any script as such a function, from the maps and pooled
@@ -1112,10 +1109,19 @@ class Scorer:
         return found
 
     def __call__(self, images, samples):
-        maps, u_hat, gamma_hat, chosen = self.estimate(images, samples)
+        return self.calibrated(samples, *self.estimate(images, samples))
+
+    def calibrated(self, samples, maps, u_hat, gamma_hat, chosen):
         self.see(samples, maps, u_hat, gamma_hat, chosen)
         maps = calibrate(maps, u_hat, gamma_hat, self.calibration.floor)
         return smoothed(maps, self.args)
+
+    @torch.no_grad()
+    def described(self, images, samples):
+        """The same, and φ averaged over its positions, (B, C): what --save-maps keeps."""
+        maps, phi = self.base(images, samples)
+        found = self.calibrated(samples, maps, *self.calibration(phi, samples))
+        return *found, phi.mean((2, 3))
 
     def plain(self, images, samples):
         """The same without calibration."""
@@ -1320,6 +1326,7 @@ def main():
     state = run.checkpoint_to_evaluate(args)
     if state:
         state = base_of_checkpoint(args, state)
+    runtime.check_normal_score(args, state, ("image_size", "smoothing", "padding", "score"))
     dataset, images = runtime.training_data(run, args)
     if args.contaminate and dataset:
         contaminate(dataset, args.contaminate, args.seed)
@@ -1502,7 +1509,7 @@ def evaluate(args, run, base, calibration, state, dataset):
         seconds=state["seconds"],
         paper=papers.numbers("cada", args, RECIPES[args.base]["paper"], dataset.name, run.world),
         extra=after_pass,
-        pooled=base.pooled if isinstance(base, Trained) else None,
+        described=score.described if isinstance(base, Trained) else None,
         compare={"without calibration": plain.rep} if plain else None,
     )
     if run.is_rank0:

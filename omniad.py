@@ -36,8 +36,9 @@ Where this file differs from the paper (P) or from the authors' code (C), and wh
   3. C also adds a learned bias after the softmax, and x once more after (b). P has neither, nor does this file.
      Counts: C's model without output nets has 29,926,912 parameters (P: 29.9 M). Minus 28,672 for these biases, plus
      3,115,648 for W^O, ours has 33,013,888.
-  4. InstanceNorm (without parameters) and SiLU inside the block, nearest upsampling of the tokens (--upsample) and the
-     jitter of the bottleneck (--jitter) come from C.
+  4. From C come InstanceNorm (without parameters) and SiLU inside the block, nearest upsampling of the tokens
+     (--upsample), the jitter of the bottleneck (--jitter), its three blocks, and of the training the learning rate and
+     its drop at 80 % of the steps, weight decay, batch and clipping.
   5. Teacher maps: layers 1 to 3, as in C; P says "the last three stages".
   6. 500 epochs (P). C: 1,000 for MVTec AD and VisA, 100 for Real-IAD (--epochs).
   7. C divides the map by 9, a constant; here it is the plain sum.
@@ -376,7 +377,11 @@ class OmniAD(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, maps):
-        x = self.neck(*maps).permute(0, 2, 3, 1)  # (B, C, h, w) -> (B, h, w, C)
+        return self.decode(self.neck(*maps))
+
+    def decode(self, phi):
+        """The bottleneck map φ (B, 2 C3, h3/2, w3/2) -> f̂1, f̂2, f̂3."""
+        x = phi.permute(0, 2, 3, 1)  # (B, C, h, w) -> (B, h, w, C)
         if self.training and self.jitter > 0:  # every token gets noise of --jitter/C times its norm
             sigma = x.norm(dim=3, keepdim=True) * (self.jitter / x.shape[3])
             x = x + torch.randn_like(x) * sigma
@@ -474,21 +479,21 @@ class Scorer:
     def __init__(self, args, run, features, model):
         self.args, self.run, self.features, self.model = args, run, features, model.eval()
 
-    @torch.no_grad()
     def __call__(self, images, samples):
+        anomaly, scores, _ = self.described(images, samples)
+        return anomaly, scores
+
+    @torch.no_grad()
+    def described(self, images, samples):
+        """The same, and the bottleneck averaged over its positions, (B, 2 C3), for CADA."""
         maps = self.features.maps(images)
         with self.run.autocast():
-            rebuilt = self.model(maps)
+            phi = self.model.neck(*maps)
+            rebuilt = self.model.decode(phi)
         rebuilt = [f.float() for f in rebuilt]
         anomaly = kernels.cosine_map(maps, rebuilt, self.args.image_size, reduce="sum")
         anomaly = gaussian(anomaly, self.args.sigma)
-        return anomaly, image_score(anomaly, self.args.score)
-
-    @torch.no_grad()
-    def pooled(self, images):
-        """The bottleneck averaged over its positions, (B, 3, S, S) -> (B, 2 C3), for CADA."""
-        with self.run.autocast():
-            return self.model.neck(*self.features.maps(images)).mean((2, 3))
+        return anomaly, image_score(anomaly, self.args.score), phi.float().mean((2, 3))
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -502,6 +507,7 @@ def main(method="omniad"):
     run = runtime.start(args, method)
     kernels.set_backend(args.kernels)
     state = run.checkpoint_to_evaluate(args)
+    runtime.check_normal_score(args, state, ("image_size", "sigma", "score"))
     dataset, images = runtime.training_data(run, args)
     features = run.rank0_first(backbones.Pyramid, args.backbone, args.weights, args.image_size)
     run.place(features)
@@ -526,7 +532,7 @@ def main(method="omniad"):
         setting=setting_of(args, features, model, state),
         seconds=state["seconds"],
         paper=papers.numbers("omniad", args, PRESETS["paper"], dataset.name, run.world),
-        pooled=score.pooled,
+        described=score.described,
     )
 
 

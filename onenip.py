@@ -41,7 +41,12 @@ Where this file differs from the paper (P) or from the authors' code (C), and wh
      needed); --prompt-class given is C.
   7. Image label from the folder, not from the resized mask; AUROC below 0.5 is not flipped; the
      last checkpoint is the result (C keeps a copy chosen on the test set as well).
-  8. Without --textures DIR (such as DTD) the textures of the pseudo-anomalies are drawn by code.
+  8. Without --textures DIR (such as DTD) the textures of the pseudo-anomalies are drawn by code. C
+     reads them with red and blue swapped, and changes their brightness in one of imgaug's colour
+     spaces; here in HSV or YCbCr, or by the grey value.
+  9. C's total loss is half of ours, which matters to --clip alone; its layers start as copies of
+     each other, and its learning rate drops one epoch later; its refiner's BatchNorm sees the 16
+     images (8 normal, 8 synthetic) of one GPU, ours all of a step.
 
 Paper, MVTec, 224 px (v2 log in brackets): I-AUROC 97.9 (98.0), I-AP 99.3, P-AUROC 97.9 (97.9),
 P-AP 63.7 (63.9).
@@ -157,6 +162,21 @@ class Args(Options):
         group="scoring",
         choices=("fixed", "random", "wrong"),
     )
+    eval_every: float = option(
+        0.0,
+        "measure the test images every so many epochs, as a line of log.jsonl (Fig. 1b); selects "
+        "nothing, and counts as time of the training; 0: never",
+        low=0.0,
+    )
+    prompt_of: str = option(
+        "", "at test every image gets the prompt of this class, whatever it shows", group="scoring"
+    )
+    prompt_seed: int = option(
+        -1,
+        "seed that draws the fixed prompts, and those of --prompt-test random; with --eval it draws "
+        "fixed prompts anew, from the training images of --data (Table 4d); -1: that of --seed",
+        low=-1,
+    )
     prompt: str = option(
         "dynamic",
         "none: UniAD's learned queries; static: the prompt is a query only (Eq. 2); "
@@ -213,7 +233,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 import kernels
-from common import backbones, data, report, runtime
+from common import backbones, data, papers, report, runtime
 from common.maps import box, image_score
 
 # ------------------------------------------------------------------------------------------- model
@@ -263,6 +283,7 @@ class Attention(nn.Module):
         k = self.split_heads(self.to_k(key))
         v = self.split_heads(self.to_v(value))
         dropout = self.dropout if self.training else 0.0
+        # Eq. 1, softmax(Q Kᵀ / √d) V
         out = kernels.cross_attention(q, k, v, window=window, dropout_p=dropout)
         return self.to_out(out.transpose(1, 2).flatten(2))  # (B, heads, N, D/heads) -> (B, N, D)
 
@@ -479,10 +500,10 @@ class OneNIP(nn.Module):
         reconstructed, restored = reconstruction[: len(normal)], None
         if synthetic is not None:
             restored = reconstruction[len(normal) :]
-        mask = None
+        predicted = None
         if self.refiner is not None:
-            mask = mask_of(self.refine(reconstruction, both), self.image_size)
-        return reconstructed, restored, mask
+            predicted = mask_of(self.refine(reconstruction, both), self.image_size)
+        return reconstructed, restored, predicted
 
 
 def resize(maps, size):
@@ -758,14 +779,29 @@ class Textures:
         return texture.clip(0, 255).astype(np.uint8)
 
 
-def fixed_prompts(samples, seed):
+def seed_of_prompts(args):
+    return args.seed if args.prompt_seed < 0 else args.prompt_seed
+
+
+def fixed_prompts(samples, args):
     """One training image of each class: {class: its index in samples}, classes in order."""
-    rng = np.random.default_rng([seed, 0])
+    rng = np.random.default_rng([seed_of_prompts(args), 0])
     chosen = {}
     for cls in sorted({sample.cls for sample in samples}):
         members = [i for i, sample in enumerate(samples) if sample.cls == cls]
         chosen[cls] = int(rng.choice(members))
     return chosen
+
+
+def prompts_of_images(run, features, images, fixed):
+    """The part of a checkpoint that says which prompts are fixed: {"classes": names, "prompts":
+    their features (classes, C, h, w), "prompt_files": paths}."""
+    prompts = [features(run.to_device(images[i][None])).cpu() for i in fixed.values()]
+    return {
+        "classes": list(fixed),
+        "prompts": torch.cat(prompts),
+        "prompt_files": [str(images.samples[i].image) for i in fixed.values()],
+    }
 
 
 class Triplets(runtime.Stream):
@@ -820,11 +856,11 @@ class Bank:
     Called with {"index": (B,)}: features (B, C, h, w) and masks (B, S, S), on the device.
     """
 
-    def __init__(self, args, run, features, dataset):
+    def __init__(self, args, run, features, stream):
         images, masks = [], []
-        count = len(dataset.cls) * args.bank
+        count = len(stream.cls) * args.bank
         for number in run.progress(range(count), "pseudo-anomalies"):
-            image, mask = dataset.pseudo_anomaly(number // args.bank, number)
+            image, mask = stream.pseudo_anomaly(number // args.bank, number)
             images.append(image)
             masks.append(mask)
         self.run, self.masks = run, torch.stack(masks)  # (N · bank, S, S)
@@ -847,30 +883,31 @@ def optimizer_of(model, args):
     return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
 
 
-def train(args, run, features, model, images):
-    """The flat training loop: trains `model` in place. Returns the finished checkpoint state."""
+def train(args, run, features, model, images, dataset):
+    """The flat training loop: trains `model` in place. Returns the finished checkpoint state.
+
+    images: pixels of the training images. dataset: for --eval-every.
+    """
     model, parallel = run.wrap(model)
     optimizer = optimizer_of(model, args)
     job = runtime.Training(run, args, model, optimizer)
     if job.finished:  # only the evaluation is missing
         return job.resumed
     frozen = runtime.Frozen(run, features, images, args)
-    fixed = fixed_prompts(images.samples, args.seed)
+    fixed = fixed_prompts(images.samples, args)
+    job.contents |= prompts_of_images(run, features, images, fixed)
     images_per_step = args.batch_size * run.world
-    dataset = Triplets(images, args, fixed, images_per_step, frozen.needs_images)
+    stream = Triplets(images, args, fixed, images_per_step, frozen.needs_images)
     bank = None
-    if args.bank and dataset.synthetic:
-        bank = Bank(args, run, features, dataset)
-    prompts = features_of(frozen, dataset, fixed.values())  # (classes, C, h, w)
-    job.contents |= {
-        "classes": list(fixed),
-        "prompts": prompts.cpu(),
-        "prompt_files": [str(images.samples[i].image) for i in fixed.values()],
-    }
-    steps = args.steps or dataset.steps(args.epochs)
+    if args.bank and stream.synthetic:
+        bank = Bank(args, run, features, stream)
+    steps = args.steps or stream.steps(args.epochs)
+
+    def statistics():
+        return training_statistics(args, run, frozen, features, model.eval(), stream, job.contents)
 
     parallel.train()
-    for step, batch in job.batches(dataset, steps):
+    for step, batch in job.batches(stream, steps):
         run.seed(args.seed, 4, step)  # jitter and dropout
         job.set_rate(step)
         normal = frozen(batch["normal"])  # (B, C, h, w), like all three
@@ -878,7 +915,7 @@ def train(args, run, features, model, images):
         synthetic = mask = None
         if bank is not None:
             synthetic, mask = bank(batch["synthetic"])
-        elif dataset.synthetic:
+        elif stream.synthetic:
             synthetic = features(run.to_device(batch["synthetic"]["image"]))
             mask = run.to_device(batch["synthetic"]["mask"]).float()  # (B, S, S)
         with run.autocast():
@@ -887,53 +924,58 @@ def train(args, run, features, model, images):
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
+        if args.eval_every and (step + 1) % stream.steps(args.eval_every) == 0:
+            epoch = (step + 1) * images_per_step / len(images)
+            score = scorer(args, run, features, model, job.contents | statistics(), dataset, images)
+            test = report.measure(run, args, dataset, score, corrupt=report.corruption(args))
+            run.log({"step": step + 1, "epoch": round(epoch, 2), "test": test.rep["mean"]})
+            parallel.train()
         job.record(loss, parts)
-    found = training_statistics(args, run, frozen, features, model.eval(), dataset, prompts)
-    return job.finish(**found)
+    return job.finish(**statistics())
 
 
-def features_of(frozen, dataset, indices):
-    """The frozen features of training images, one after the other: (n, C, h, w)."""
-    found = [frozen(default_collate([dataset.sample(i)])) for i in indices]
-    return torch.cat(found)
-
-
-def training_statistics(args, run, frozen, features, model, dataset, prompts):
+def training_statistics(args, run, frozen, features, model, stream, contents):
     """What scoring takes from training images (N, up to 256) and pseudo-anomalies made of them.
 
+    contents: of the checkpoint, with the fixed prompts.
     Returns {"scale": c = (max + min)/2 of S_rec over both, "normal_errors": (N, 1, h, w),
     "normal_logits": (N, 1, 4h, 4w) or None}: of the normal images, for `normal_score`.
     """
-    classes = list(dataset.fixed)
-    count = min(256, len(dataset.cls))
-    errors, logits, s_rec = [], [], []  # of each batch
-    encoded = encoded_prompts(run, model, prompts)
+    classes = contents["classes"]
+    count = min(256, len(stream.cls))
+    errors, all_logits = [], []  # of each batch of normal images
+    extremes = []  # of every batch's S_rec
+    encoded = encoded_prompts(run, model, run.to_device(contents["prompts"]))
     for first in run.progress(range(0, count, args.batch_size), "training statistics"):
         last = min(first + args.batch_size, count)
         numbers = range(2**40 + first, 2**40 + last)  # of samples that training never reaches
-        items = [dataset[number] for number in numbers]
+        items = [stream[number] for number in numbers]
         batch = default_collate([item["normal"] for item in items])
         indices = batch["index"].tolist()
         p = None
         if encoded is not None:
-            p = encoded[[classes.index(dataset.cls[i]) for i in indices]]
-        error, logit = reconstruct(run, model, frozen(batch), p)
+            p = encoded[[classes.index(stream.cls[i]) for i in indices]]
+        error, logits, _ = reconstruct(run, model, frozen(batch), p)
         errors.append(error)
-        logits.append(logit)
-        s_rec.append(resize(error, args.image_size))
-        if dataset.synthetic:
-            made = [dataset.pseudo_anomaly(i, number) for i, number in zip(indices, numbers)]
+        all_logits.append(logits)
+        extremes += extremes_of(error, args)
+        if stream.synthetic:
+            made = [stream.pseudo_anomaly(i, number) for i, number in zip(indices, numbers)]
             pictures = torch.stack([image for image, _ in made])  # (B, 3, S, S)
             x = features(run.to_device(pictures))
-            error, _ = reconstruct(run, model, x, p)
-            s_rec.append(resize(error, args.image_size))
-    highest = max(maps.max().item() for maps in s_rec)
-    lowest = min(maps.min().item() for maps in s_rec)
+            error, _, _ = reconstruct(run, model, x, p)
+            extremes += extremes_of(error, args)
     return {
-        "scale": (highest + lowest) / 2,
+        "scale": (max(extremes) + min(extremes)) / 2,
         "normal_errors": torch.cat(errors).cpu(),
-        "normal_logits": torch.cat(logits).cpu() if args.refiner else None,
+        "normal_logits": torch.cat(all_logits).cpu() if args.refiner else None,
     }
+
+
+def extremes_of(error, args):
+    """Lowest and highest value of S_rec, from what `reconstruct` gave."""
+    s_rec = resize(error, args.image_size)
+    return [s_rec.min().item(), s_rec.max().item()]
 
 
 # ----------------------------------------------------------------------------------------- scoring
@@ -952,20 +994,22 @@ def encoded_prompts(run, model, prompts):
 def reconstruct(run, model, x, p):
     """Features x (B, C, h, w), with encoded prompts p (B, N, D) or None, as the model sees them.
 
-    Returns ||F̂ - F||₂ (B, 1, h, w) and the logits of M̂ (B, 1, 4h, 4w), None without a refiner.
+    Returns ||F̂ - F||₂ (B, 1, h, w), the logits of M̂ (B, 1, 4h, 4w), None without a refiner, and the
+    encoded features (B, N, D).
     """
     with run.autocast():
-        reconstruction = model.decode(model.encode(x), p).float()
-        error = (reconstruction - x).norm(dim=1, keepdim=True)  # of S_rec
+        tokens = model.encode(x)
+        reconstruction = model.decode(tokens, p).float()
+        error = (reconstruction - x).norm(dim=1, keepdim=True)  # Eq. 9, not yet resized
         logits = None
         if model.refiner is not None:
             logits = model.refine(reconstruction, x)
-    return error, logits
+    return error, logits, tokens
 
 
 def combine(error, logits, scale, args):
     """What `reconstruct` gave -> S (B, S, S) and its image scores (B,). `scale`: c (departure 4)."""
-    s_rec = resize(error, args.image_size).squeeze(1)  # (B, 1, h, w) -> (B, S, S)
+    s_rec = resize(error, args.image_size).squeeze(1)  # Eq. 9: (B, 1, h, w) -> (B, S, S)
     s = s_rec
     if logits is not None:
         mask = mask_of(logits, args.image_size)
@@ -1003,24 +1047,23 @@ class Scorer:
         self.members = {cls: [] for cls in self.classes}  # class -> indices of its training images
         if args.prompt_test == "random" and args.prompt != "none":
             for i, sample in enumerate(images.samples):
-                self.members[sample.cls].append(i)
+                if sample.cls in self.members:
+                    self.members[sample.cls].append(i)
 
     def __call__(self, images, samples):
-        error, logits = self.reconstruct(images, samples)
-        return combine(error, logits, self.scale, self.args)
+        anomaly, scores, _ = self.described(images, samples)
+        return anomaly, scores
+
+    def described(self, images, samples):
+        """The same, and the encoded tokens' average (B, D), for CADA."""
+        error, logits, tokens = self.reconstruct(images, samples)
+        return *combine(error, logits, self.scale, self.args), tokens.float().mean(1)
 
     @torch.no_grad()
     def reconstruct(self, images, samples):
-        """As the function of this name: (B, 1, h, w), (B, 1, 4h, 4w)."""
+        """As the function of this name: (B, 1, h, w), (B, 1, 4h, 4w), (B, N, D)."""
         x = self.features(images)
         return reconstruct(self.run, self.model, x, self.prompts_of(x, samples))
-
-    @torch.no_grad()
-    def pooled(self, images):
-        """The encoded tokens' average, (B, 3, S, S) -> (B, D), for CADA."""
-        x = self.features(images)
-        with self.run.autocast():
-            return self.model.encode(x).mean(1)
 
     def prompts_of(self, x, samples):
         """Encoded prompts (B, N, D) for features x (B, C, h, w); None for --prompt none."""
@@ -1036,6 +1079,8 @@ class Scorer:
 
     def row_of_prompt(self, sample, similar):
         """Which class's prompt a sample gets; `similar`: the class whose prompt is most similar."""
+        if self.args.prompt_of:
+            return self.classes.index(self.args.prompt_of)
         row, wrong = similar, self.args.prompt_test == "wrong"
         if (self.args.prompt_class == "given" or wrong) and sample.cls in self.classes:
             row = self.classes.index(sample.cls)
@@ -1043,24 +1088,15 @@ class Scorer:
 
     def random_prompts(self, samples, rows):
         """Encoded prompts (B, N, D): a random training image of each sample's row of classes."""
-        pictures = []
+        pictures, seed = [], seed_of_prompts(self.args)
         for sample, row in zip(samples, rows):
             # drawn by the image's own name: the same in any batch on any rank
             name = f"{sample.cls}/{sample.defect}/{sample.image.name}"
-            rng = np.random.default_rng([self.args.seed, 5, zlib.crc32(name.encode())])
+            rng = np.random.default_rng([seed, 5, zlib.crc32(name.encode())])
             members = self.members[self.classes[row]]
             pictures.append(self.images[int(rng.choice(members))])
         x = self.features(self.run.to_device(torch.stack(pictures)))
         return encoded_prompts(self.run, self.model, x)
-
-    def selection(self, samples):
-        """Share of images whose most similar prompt is of their own class; None when no class is
-        known."""
-        right = []
-        for sample in samples:
-            if str(sample.image) in self.chosen and sample.cls in self.classes:
-                right.append(self.chosen[str(sample.image)] == sample.cls)
-        return sum(right) / len(right) if right else None
 
 
 def fingerprint(x):
@@ -1069,13 +1105,25 @@ def fingerprint(x):
     return F.normalize(x.mean((2, 3)), dim=1)
 
 
-def scale_of(args, run, score, dataset, state):
-    """c by --score-scale (departure 4)."""
+def selection_accuracy(run, score, samples):
+    """Share of scored images whose most similar prompt is of their own class; None if the model
+    knows none of their classes."""
+    right = []
+    for sample in samples[run.rank :: run.world]:
+        if sample.cls in score.classes:
+            right.append(score.chosen[str(sample.image)] == sample.cls)
+    right = run.gather(right)
+    return sum(right) / len(right) if right else None
+
+
+def scorer(args, run, features, model, state, dataset, images):
+    """A `Scorer` with c by --score-scale (departure 4)."""
+    score = Scorer(args, run, features, model, state, images)
     if args.score_scale == "none":
-        return 1.0
-    if args.score_scale == "test":
-        return scale_of_test_set(args, run, score, dataset)
-    return state["scale"]
+        score.scale = 1.0
+    elif args.score_scale == "test":
+        score.scale = scale_of_test_set(args, run, score, dataset)
+    return score
 
 
 def scale_of_test_set(args, run, score, dataset):
@@ -1086,9 +1134,8 @@ def scale_of_test_set(args, run, score, dataset):
     for first in run.progress(range(0, len(samples), args.batch_size), "scale on the test set"):
         part = samples[first : first + args.batch_size]
         batch = torch.stack([images[first + i] for i in range(len(part))])
-        error, _ = score.reconstruct(run.to_device(batch), part)
-        s_rec = resize(error, args.image_size)
-        extremes += [s_rec.min().item(), s_rec.max().item()]
+        error, _, _ = score.reconstruct(run.to_device(batch), part)
+        extremes += extremes_of(error, args)
     extremes = run.gather(extremes)
     return (max(extremes) + min(extremes)) / 2
 
@@ -1103,6 +1150,7 @@ def main():
     kernels.set_backend(args.kernels)
     state = run.checkpoint_to_evaluate(args)
     dataset, images = runtime.training_data(run, args)
+    check_prompts(args, state, dataset)
     features = run.rank0_first(Features, args.backbone, args.weights, args.image_size)
     run.place(features)
     torch.manual_seed(args.seed)  # initial weights: the same on every rank
@@ -1112,29 +1160,29 @@ def main():
     run.open(args)
     if state:
         runtime.load_model(model, state["model"], args.eval)
+        if draws_prompts(args, state):
+            fixed = fixed_prompts(images.samples, args)
+            state |= prompts_of_images(run, features, images, fixed)
     else:
-        state = train(args, run, features, model, images)
-    score = Scorer(args, run, features, model, state, images)
-    score.scale = scale_of(args, run, score, dataset, state)
+        state = train(args, run, features, model, images, dataset)
+    score = scorer(args, run, features, model, state, dataset, images)
     if args.predict:
         normal = normal_score(args, state, score.scale)
-        return report.predict(run, args, score, normal, columns_of(score))
+        return report.predict(run, args, score, normal, columns_of(args, score))
 
     def accuracy():
-        share = dataset.test[run.rank :: run.world]
-        right = [score.selection([s]) for s in share if s.cls in score.classes]
-        return {"prompt selection accuracy": float(np.mean(run.gather(right) or [0.0]))}
+        return {"prompt selection accuracy": selection_accuracy(run, score, dataset.test)}
 
     report.evaluate(
         run,
         args,
         dataset,
         score,
-        setting=setting_of(args, features, model, state),
+        setting=setting_of(args, features, model, state, dataset),
         seconds=state["seconds"],
-        paper=paper_numbers(dataset, args),
+        paper=papers.numbers("onenip", args, PRESETS["paper"], dataset.name, run.world),
         extra=accuracy,
-        pooled=score.pooled,
+        described=score.described,
     )
 
 
@@ -1146,26 +1194,84 @@ def check(args):
         raise UsageError(f"--hidden {args.hidden}: must be a multiple of --heads and of 2")
     if args.predict and args.score_scale == "test":
         raise UsageError("--predict has no test set: give --score-scale train (or none)")
+    if args.prompt_of and (args.prompt == "none" or args.prompt_test == "wrong"):
+        raise UsageError("--prompt-of goes with neither --prompt none nor --prompt-test wrong")
+    if args.predict and args.prompt != "none" and args.prompt_test != "fixed":
+        raise UsageError(
+            f"--prompt-test {args.prompt_test} needs training images and labels, which --predict "
+            "has not: give --prompt-test fixed"
+        )
 
 
-def columns_of(score):
+def draws_prompts(args, state):
+    """Whether an evaluation takes other fixed prompts than its checkpoint's."""
+    return args.prompt_seed != state["args"]["prompt_seed"]
+
+
+def check_prompts(args, state, dataset):
+    """Whether the checkpoint `state` (None: a training) and the data (None: --predict) have what
+    the options of the prompt ask for."""
+    if state and "model" not in state["finished"]:
+        raise UsageError(
+            f"{args.eval}: of a training that was interrupted at step {state['step']}; "
+            "finish it with --resume"
+        )
+    new = state is None or draws_prompts(args, state)
+    if new and dataset is None:
+        raise UsageError("--predict has no training images: leave --prompt-seed out")
+    classes = dataset.classes if new else state["classes"]  # those that have a prompt
+    if args.prompt_of and args.prompt_of not in classes:
+        known = ", ".join(sorted(classes))
+        raise UsageError(f"--prompt-of {args.prompt_of}: no such class; known: {known}")
+    if args.prompt == "none" or args.prompt_test == "fixed":
+        return
+    if args.prompt_test == "wrong" and len(classes) == 1:
+        raise UsageError("--prompt-test wrong: there is one class only, whose prompt is the right one")
+    lacking = sorted(classes_of_prompts(args, classes, dataset) - set(dataset.classes))
+    if args.prompt_test == "random" and lacking:
+        raise UsageError(
+            f"--prompt-test random: --data has no training images of {lacking[0]}, of which "
+            "prompts may be drawn; give --prompt-test fixed, or --prompt-class given"
+        )
+
+
+def classes_of_prompts(args, classes, dataset):
+    """The classes whose prompts test images may get, of `classes`."""
+    if args.prompt_of:
+        return {args.prompt_of}
+    if args.prompt_class == "given" and set(dataset.classes) <= set(classes):
+        return set(dataset.classes)
+    return set(classes)
+
+
+def columns_of(args, score):
     """Of predictions.csv, besides path, score and ratio."""
 
     def prompt(sample, value):
-        return score.chosen[str(sample.image)]
+        return args.prompt_of or score.chosen[str(sample.image)]
 
     return {"prompt": prompt}
 
 
-def setting_of(args, features, model, state):
+def name_of_prompt(args, state, dataset):
+    """What the report says of the prompts at test."""
+    if args.prompt == "none":
+        return "none"
+    if args.prompt_of:
+        return f"{args.prompt}, {args.prompt_test}, of {args.prompt_of}"
+    name = f"{args.prompt}, {args.prompt_test}, {args.prompt_class}"
+    unknown = sorted(set(dataset.classes) - set(state["classes"]))
+    if args.prompt_class == "given" and unknown:
+        name += f" (selected for the classes without a prompt: {', '.join(unknown)})"
+    return name
+
+
+def setting_of(args, features, model, state, dataset):
     """What stands above the table."""
-    prompt = args.prompt
-    if prompt != "none":
-        prompt = f"{args.prompt}, {args.prompt_test}, {args.prompt_class}"
     return {
         "image size": args.image_size,
         "backbone": f"{args.backbone} ({features.backbone.weights_note})",
-        "prompt": prompt,
+        "prompt": name_of_prompt(args, state, dataset),
         "textures": args.textures or "drawn by code",
         "smoothing": "none",
         "image score": f"max after {args.pool}x{args.pool} average pooling",
@@ -1173,52 +1279,6 @@ def setting_of(args, features, model, state):
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": state["step"],
     }
-
-
-# The paper's numbers in per cent, for the column beside ours: I-AUROC, I-AP (Table 6), P-AUROC, P-AP (Table 5), 224 px.
-PAPER_CLASSES = """
-mvtec  bottle 100 100 98.5 81.6   cable 99.0 99.4 98.2 67.5   capsule 91.1 97.8 98.6 49.9   hazelnut 100 100 98.7 70.2
-       metal_nut 99.8 100 96.5 74.1   pill 96.9 99.5 96.0 47.6   screw 91.4 96.6 98.9 39.8   toothbrush 93.3 97.3 98.8 53.4
-       transistor 99.8 99.7 98.8 84.1   zipper 99.0 99.7 97.6 59.1   carpet 99.9 100 99.0 69.5   grid 99.0 99.7 98.4 45.6
-       leather 100 100 99.6 71.7   tile 100 100 95.3 76.6   wood 98.8 99.6 94.9 65.3
-btad   01 98.8 99.6 97.3 58.7   02 79.0 96.5 95.2 46.9   03 100 99.5 99.8 64.7
-visa   candle 96.8 97.1 99.2 33.7   capsules 79.0 89.0 98.4 55.6   cashew 93.7 96.7 99.2 74.6
-       chewinggum 99.3 99.7 99.1 61.1   fryum 86.9 93.8 97.7 49.5   macaroni1 91.9 91.6 99.2 21.3
-       macaroni2 84.1 86.5 97.9 7.6   pcb1 95.8 94.8 99.6 70.0   pcb2 94.1 94.6 98.1 11.0   pcb3 91.9 92.6 98.2 17.7
-       pcb4 99.5 99.5 98.1 41.6   pipe_fryum 97.3 98.5 99.5 76.5
-"""
-PAPER_MEANS = {  # Tables 1 and 3: (data, image size); Table 2: one model for 30 classes
-    ("mvtec", 224): (97.9, 99.3, 97.9, 63.7), ("mvtec", 256): (97.6, 99.2, 97.8, 64.7), ("mvtec", 320): (97.9, 99.3, 97.9, 65.9),
-    ("btad", 224): (92.6, 98.5, 97.4, 56.8), ("btad", 256): (94.9, 99.0, 97.6, 57.0), ("btad", 320): (95.3, 98.9, 97.8, 57.6),
-    ("visa", 224): (92.5, 94.5, 98.7, 43.3), ("visa", 256): (93.3, 94.3, 98.8, 44.1), ("visa", 320): (94.2, 95.7, 98.8, 46.1),
-    ("btad+mvtec+visa", 224): (94.5, 96.8, 98.0, 52.4),
-}
-PAPER_JOINED = {"mvtec": (97.1, 99.0, 97.6, 61.1), "btad": (92.0, 97.5, 97.9, 59.0), "visa": (91.9, 93.9, 98.6, 40.6)}
-
-
-def named(values):
-    """Four numbers in per cent -> {metric: fraction}."""
-    keys = "i_auroc", "i_ap", "p_auroc", "p_ap"
-    return {key: float(value) / 100 for key, value in zip(keys, values)}
-
-
-def paper_numbers(dataset, args):
-    """What the paper reports for this data and size (None where it reports nothing, or not for these classes)."""
-    joined = "+".join(sorted(dataset.name.split("+")))
-    if (joined, args.image_size) not in PAPER_MEANS or args.classes or args.corrupt:
-        return None
-    found = {"source": "OneNIP (ECCV 2024), Tables 1, 2, 3, 5 and 6", "mean": named(PAPER_MEANS[joined, args.image_size])}
-    if "+" in joined:
-        found["datasets"] = {name: named(values) for name, values in PAPER_JOINED.items()}
-    elif args.image_size == 224:
-        words = PAPER_CLASSES.split()
-        at = words.index(joined) + 1
-        found["classes"] = {}
-        for _ in dataset.classes:  # a name and four numbers each
-            name, *values = words[at:at + 5]
-            found["classes"][name] = named(values)
-            at += 5
-    return found
 
 
 if __name__ == "__main__":

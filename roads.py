@@ -99,6 +99,11 @@ class Args(Options):
         group="model",
         low=1,
     )
+    detach_selector: bool = option(
+        False,
+        "the selector's loss does not reach the bottleneck (it then mistakes classes under noise)",
+        group="model",
+    )
     adapter_backbone: str = option(
         "resnet18", "the adapter's network, up to stage 4", group="model", choices=BACKBONES
     )
@@ -205,7 +210,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 
 import kernels
-from common import UsageError, backbones, data, metrics, report, runtime
+from common import UsageError, backbones, data, metrics, papers, report, runtime
 from common.maps import gaussian, image_score, name_of_rule
 
 # ------------------------------------------------------------------------------------------- model
@@ -253,13 +258,14 @@ class Selector(nn.Module):
     """ζ: φ (B, 2 C3, h, w) -> logits over the N classes (B, N), and ẑ0 (B, 2 C3), the mean of φ
     over its positions."""
 
-    def __init__(self, width, n_classes):
+    def __init__(self, width, n_classes, detach):
         super().__init__()
-        self.linear = nn.Linear(width, n_classes)
+        self.linear, self.detach = nn.Linear(width, n_classes), detach
 
     def forward(self, phi):
         z0 = phi.mean((2, 3))  # (B, 2 C3, h, w) -> (B, 2 C3)
-        return self.linear(z0), z0
+        read = z0.detach() if self.detach else z0
+        return self.linear(read), z0
 
 
 class PromptPool(nn.Module):
@@ -300,19 +306,26 @@ class CrossAttentionBlock(nn.Module):
         nn.init.zeros_(self.ffn[2].weight)
         nn.init.zeros_(self.ffn[2].bias)
 
-    def mca(self, queries, memory):
-        """Multi-head cross-attention (Eq. 2): queries (B, n, C), memory (B, m, C) -> (B, n, C)."""
-        q = self.split_heads(self.to_q(queries))
-        k = self.split_heads(self.to_k(memory))
-        v = self.split_heads(self.to_v(memory))
-        out = kernels.cross_attention(q, k, v)  # softmax(q kᵀ / √d) v
-        return self.to_out(out.transpose(1, 2).flatten(2))  # (B, heads, n, C/heads) -> (B, n, C)
+    def attend(self, x, y):
+        """Multi-head cross-attention of LN(x) and LN(y) (Eq. 2): -> (B, n, C).
 
-    def split_heads(self, x):
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B,n,C) -> (B,heads,n,C/heads)
+        As printed, in every head with blocks W of d = C/heads rows (of W_o: columns):
+
+            q = LN(x) W_qᵀ,  k = LN(y) W_kᵀ,  v = LN(y) W_vᵀ
+            MCA = sum over heads of softmax(q kᵀ/√d) v W_oᵀ
+
+        One of x and y is a map of thousands of positions, the other the ten prompts. So that the
+        map is never projected, its matrices act on the prompts instead, which is the same sum:
+
+            the prompts read   softmax((q W_k) LN(y)ᵀ/√d) LN(y),  and then W_vᵀ, W_oᵀ
+            the map reads      softmax(LN(x) (k W_q)ᵀ/√d) (v W_oᵀ)
+        """
+        norms = self.norm_x, self.norm_y
+        projections = self.to_q, self.to_k, self.to_v, self.to_out
+        return kernels.few_token_attention(x, y, *norms, *projections, self.heads)
 
     def forward(self, x, y):
-        attended = self.mca(self.norm_x(x), self.norm_y(y)) + x
+        attended = self.attend(x, y) + x
         return self.ffn(self.norm(attended)) + x
 
 
@@ -469,9 +482,9 @@ class ROADS(nn.Module):
     images        uint8 (B, 3, s, s), what the adapter sees (used with --adapter style only)
     class_number  (B,) whose prompts are used; None: the selector's choice
     shifted       out-of-domain views of the images, for L_CS; None: not wanted
-    Returns a dict: "maps", the reconstructions [f̂1, f̂2, f̂3]; with prompts "selector" and
-    "classifier", logits (B, N); with the adapter "code" and, if views are given, "shifted_code",
-    each (B, 2 Σ widths).
+    Returns a dict: "maps", the reconstructions [f̂1, f̂2, f̂3]; "pooled", the mean of φ (B, 2 C3);
+    with prompts "selector" and "classifier", logits (B, N); with the adapter "code" and, if views
+    are given, "shifted_code", each (B, 2 Σ widths).
     """
 
     def __init__(self, channels, n_classes, args):
@@ -482,7 +495,7 @@ class ROADS(nn.Module):
         self.bottleneck = Bottleneck(channels, depth, args.backbone)
         self.selector = self.adapter = None
         if args.prompts:
-            self.selector = Selector(phi_width, n_classes)
+            self.selector = Selector(phi_width, n_classes, args.detach_selector)
             self.pool = PromptPool(n_classes, widths, args)
             self.promptings = nn.ModuleList(Prompting(width, args) for width in widths)
             self.classifier = nn.Linear(sum(widths) + phi_width, n_classes)
@@ -513,8 +526,8 @@ class ROADS(nn.Module):
         return blocks
 
     def forward(self, maps, images=None, class_number=None, shifted=None):
-        out = {}
         phi = self.bottleneck(*maps)
+        out = {"pooled": phi.float().mean((2, 3))}  # (B, C, h, w) -> (B, C)
         styles = [[None] * depth for depth in self.depths]
         if self.adapter:
             out |= self.codes(images, shifted)
@@ -733,8 +746,13 @@ class Scorer:
         self.followed = set()  # paths
         self.codes, self.clean_codes = {}, {}  # {path: code of norm 1}, of this and the first pass
 
-    @torch.no_grad()
     def __call__(self, images, samples):
+        anomaly, scores, _ = self.described(images, samples)
+        return anomaly, scores
+
+    @torch.no_grad()
+    def described(self, images, samples):
+        """The same, and the mean of φ over its positions, (B, 2 C3), for CADA."""
         maps = self.features.maps(images)
         true = torch.tensor(class_numbers(samples, self.class_names), device=images.device)  # (B,)
         given = self.args.class_at_test == "given"
@@ -747,7 +765,7 @@ class Scorer:
             self.keep_account(samples, true, chosen, scores_given)
         if "code" in out:
             self.keep_codes(samples, out["code"])
-        return anomaly, scores
+        return anomaly, scores, out["pooled"]
 
     def score(self, maps, images, class_number=None):
         """Anomaly maps (B, S, S), image scores (B,), and all that the model gave."""
@@ -790,12 +808,6 @@ class Scorer:
         for sample, row in zip(samples, code):
             if sample.image in self.followed:
                 self.codes[sample.image] = row
-
-    @torch.no_grad()
-    def pooled(self, images):
-        """ẑ0, the mean of φ over its positions: (B, 3, S, S) -> (B, 2 C3), for CADA."""
-        with self.run.autocast():
-            return self.model.bottleneck(*self.features.maps(images)).mean((2, 3))
 
     def of_pass(self):
         """What the report says of the images scored since the last call, on all ranks."""
@@ -850,8 +862,8 @@ def main(method="roads"):
     run = runtime.start(args, method)
     kernels.set_backend(args.kernels)
     state = run.checkpoint_to_evaluate(args)
-    if args.predict:
-        check_normal_score(state, args)
+    # (--class-at-test may differ, since the selector knows its training images)
+    runtime.check_normal_score(args, state, ("image_size", "adapter_size", "sigma"))
     dataset, images = runtime.training_data(run, args)
     class_names = state["classes"] if state else dataset.classes
     check_classes(args, dataset, class_names)
@@ -881,9 +893,9 @@ def main(method="roads"):
         score,
         setting=setting_of(args, features, model, state),
         seconds=state["seconds"],
-        paper=paper_numbers(dataset, args),
+        paper=papers.numbers("roads", args, PRESETS["paper"], dataset.name, run.world),
         extra=score.of_pass,
-        pooled=score.pooled,
+        described=score.described,
     )
 
 
@@ -918,24 +930,6 @@ def check_classes(args, dataset, class_names):
             )
 
 
-def check_normal_score(state, args):
-    """--predict: files must be scored as the training images were whose scores they are compared
-    with. (--class-at-test may differ, since the selector knows its training images.)"""
-    if "normal_score" not in state:
-        raise UsageError(
-            f"--predict: {args.eval} was interrupted at step {state['step']} and has no normal "
-            "score to compare with; finish the run with --resume first"
-        )
-    for name in ("image_size", "adapter_size", "sigma"):
-        before, now = state["args"][name], getattr(args, name)
-        if before != now:
-            raise UsageError(
-                f"--predict: the checkpoint's normal score was taken with "
-                f"--{name.replace('_', '-')} {before}, so it says nothing about {now}; leave "
-                "that option out"
-            )
-
-
 def setting_of(args, features, model, state):
     """What stands above the table."""
     setting = {
@@ -961,45 +955,6 @@ def setting_of(args, features, model, state):
         "image score": name_of_rule("max"),
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": state["step"],
-    }
-
-
-PAPER_MVTEC = {  # Table 1, per cent: I-AUROC, P-AUROC
-    "bottle": (100, 99.1),
-    "cable": (99.3, 99.0),
-    "capsule": (96.0, 99.1),
-    "carpet": (99.4, 99.2),
-    "grid": (100, 99.3),
-    "hazelnut": (100, 98.9),
-    "leather": (100, 99.5),
-    "metal_nut": (99.7, 98.2),
-    "pill": (96.2, 98.0),
-    "screw": (98.5, 99.6),
-    "tile": (99.2, 96.5),
-    "toothbrush": (99.2, 98.7),
-    "transistor": (96.3, 95.8),
-    "wood": (99.1, 96.0),
-    "zipper": (99.6, 98.5),
-}
-PAPER_MEANS = {
-    "mvtec": {"i_auroc": 0.9883, "p_auroc": 0.9836, "p_aupro": 0.9369},
-    "visa": {"i_auroc": 0.9542, "p_aupro": 0.9227},
-}
-
-
-def paper_numbers(dataset, args):
-    """What the paper reports for this data (None where it reports nothing, or not for these classes
-    or this size)."""
-    if dataset.name not in PAPER_MEANS or args.image_size != 256 or args.classes or args.corrupt:
-        return None
-    classes = {}
-    if dataset.name == "mvtec":
-        for name, (i_auroc, p_auroc) in PAPER_MVTEC.items():
-            classes[name] = {"i_auroc": i_auroc / 100, "p_auroc": p_auroc / 100}
-    return {
-        "source": "ROADS (WACV 2025), Tables 1, 3 and 4",
-        "classes": classes,
-        "mean": PAPER_MEANS[dataset.name],
     }
 
 

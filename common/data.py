@@ -169,7 +169,8 @@ def _unique_names(sources):
         unique[source_name, cls] = f"{source_name}-{cls}" if times[cls] > 1 else cls
     for name, number in Counter(unique.values()).items():
         if number > 1:
-            raise UsageError(f"--data: joined, {number} classes would be called '{name}': rename one of their folders")
+            raise UsageError(f"--data: joined, {number} classes would be called '{name}': "
+                             "rename one of their folders")
     return unique
 
 
@@ -189,7 +190,8 @@ def _chosen(classes, known, name):
             if candidate in known or not candidate:
                 break
         else:
-            raise UsageError(f"--classes: no class '{candidate}' in {name}; known: {', '.join(known)}")
+            raise UsageError(f"--classes: no class '{candidate}' in {name}; "
+                             f"known: {', '.join(known)}")
         if candidate:
             chosen.add(candidate)
         pieces = pieces[length:]
@@ -212,11 +214,12 @@ def _add_class(dataset, source, cls, unique, need_test, notes):
     """Read the class `cls` of the source, check it, and add it to the data set under its unique name."""
     train, test = source.readers[cls](unique, source.name, notes)
     if not train:
-        raise UsageError(f"{source.folder}: class '{cls}' has no good training images (in MVTec layout: "
-                         f"{cls}/train/good); add some, or leave the class out with --classes")
+        raise UsageError(f"{source.folder}: class '{cls}' has no good training images (in MVTec "
+                         f"layout: {cls}/train/good); add some, or leave the class out with --classes")
     if need_test and not test:
-        raise UsageError(f"{source.folder}: class '{cls}' has no test images (in MVTec layout: {cls}/test/good "
-                         f"and {cls}/test/DEFECT); add some, or leave the class out with --classes")
+        raise UsageError(f"{source.folder}: class '{cls}' has no test images (in MVTec layout: "
+                         f"{cls}/test/good and {cls}/test/DEFECT); add some, or leave the class out "
+                         "with --classes")
     defective = sum(sample.label for sample in test)
     counts = len(train), len(test) - defective, defective
     if test and not counts[1]:
@@ -298,7 +301,8 @@ def _note_copies(dataset, notes):
             copies[sample.cls].append(sample.image)
     for cls, paths in copies.items():
         pair = f"{paths[0]} is {original[marks[paths[0]]]}"
-        notes.add("test images that are copies of training images", f"{cls}: {len(paths)}, first {pair}", len(paths))
+        kind = "test images that are copies of training images"
+        notes.add(kind, f"{cls}: {len(paths)}, first {pair}", len(paths))
 
 
 def _length(path):
@@ -363,8 +367,9 @@ class Images(torch.utils.data.Dataset):
     samples: list of `Sample`. corrupt: (name, severity) of `corruptions`, applied at the original resolution; its noise
     is seeded by class, defect and file name, so it is the same wherever the data lie and in whatever order they are
     read. depths: by class, see `depths`; without it, or for a class that it does not know while its classes disagree,
-    an image of more than 8 bits is scaled by its own largest value. memory_share: see `preload`. mask_rule: see `resize_mask`. workers: threads of `preload`, 0 for one per core.
-    progress: show a bar (none in any case when stderr is no terminal).
+    an image of more than 8 bits is scaled by its own largest value. memory_share: see `preload`. mask_rule: see
+    `resize_mask`. workers: threads of `preload`, 0 for one per core. progress: show a bar (none in any case when stderr
+    is no terminal).
 
     Reading raises `UsageError` that names the file. Works in DataLoader workers, forked or spawned.
     """
@@ -418,13 +423,15 @@ class Images(torch.utils.data.Dataset):
         """
         shape = (len(self.samples), 3, self.size, self.size)
         need = int(np.prod(shape))
-        if self.cached or need > self.memory_share * free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if self.cached or need > self.memory_share * free_memory() / processes:
             return
         pixels = torch.empty(shape, dtype=torch.uint8)
         # Containers often have a tiny /dev/shm, and overfilling it kills the process. Forked workers share anyway.
         if not os.path.isdir("/dev/shm") or need < shutil.disk_usage("/dev/shm").free:
             pixels.share_memory_()
-        decoded = _in_threads(self._decode, range(len(self)), "read images", self.progress, self.workers)
+        numbers = range(len(self))
+        decoded = _in_threads(self._decode, numbers, "read images", self.progress, self.workers)
         for i, image in enumerate(decoded):
             pixels[i].numpy()[:] = image
         self._pixels = pixels
@@ -445,7 +452,8 @@ class Images(torch.utils.data.Dataset):
             cls = sample.cls.removeprefix(f"{sample.dataset}-")
             seed = zlib.crc32(f"{cls}/{sample.defect}/{sample.image.name}".encode())
             image = corruptions.corrupt(image, *self.corrupt, seed=seed)
-        return np.ascontiguousarray(resize_image(image, self.size).transpose(2, 0, 1))  # (S, S, 3) -> (3, S, S)
+        resized = resize_image(image, self.size)
+        return np.ascontiguousarray(resized.transpose(2, 0, 1))  # (S, S, 3) -> (3, S, S)
 
 
 def free_memory():
@@ -583,7 +591,8 @@ def depths(samples, progress=True):
     """
     memory = files.Memory("depths-" + "+".join(sorted({sample.dataset for sample in samples})))
     paths = [sample.image for sample in samples]
-    largest = _in_threads(partial(memory.recall, kind="depth", look=_depth), paths, "read depths", progress)
+    recall = partial(memory.recall, kind="depth", look=_depth)
+    largest = _in_threads(recall, paths, "read depths", progress)
     tops = {sample.cls: None for sample in samples}
     for sample, facts in zip(samples, largest):
         if facts["largest"] is not None:
@@ -605,10 +614,11 @@ def depth_line(depths):
     scaled = [f"{cls} 0..{top}" for cls, top in depths.items() if top is not None]
     if not scaled:
         return ""
-    return f"grey values of more than 8 bits, scaled by what the training images hold: {', '.join(scaled)}"
+    return ("grey values of more than 8 bits, scaled by what the training images hold: "
+            + ", ".join(scaled))
 
 
-# ------------------------------------------------------------------------------------------------- python -m common.data
+# ------------------------------------------------------------------------------- python -m common.data
 
 
 def summary(dataset):
@@ -645,9 +655,11 @@ def _row(dataset, cls, sizes):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("python -m common.data", description="What is in a data set, and what is wrong.")
+    parser = argparse.ArgumentParser("python -m common.data",
+                                     description="What is in a data set, and what is wrong.")
     parser.add_argument("name", help=f"synth, {', '.join(BENCHMARKS)}, several joined with +, or a folder")
-    parser.add_argument("--data-root", metavar="DIR", help="where the data sets lie (default: $AD_DATA, else data)")
+    parser.add_argument("--data-root", metavar="DIR",
+                        help="where the data sets lie (default: $AD_DATA, else data)")
     parser.add_argument("--classes", metavar="A,B", help="only these classes")
     args = parser.parse_args(argv)
     try:

@@ -23,10 +23,10 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Callable
 
 from common import UsageError
 
@@ -49,7 +49,7 @@ class Sample:
     """One image of a data set, not yet read."""
 
     image: Path
-    mask: Path | None  # a file, or a folder of several; None: a good image, or a defective one whose mask is not known
+    mask: Path | None  # a file, or a folder of several; None: of a good image, or not known
     label: int  # 0 good, 1 defective
     cls: str
     defect: str  # kind of defect, as the data set calls it; "good" for every good image
@@ -67,6 +67,11 @@ class Notes:
     def add(self, kind, place, count=1):
         """count: how many of this kind are in this place."""
         self.kinds.setdefault(kind, []).append((count, str(place)))
+
+    def add_files(self, kind, folder, paths):
+        """All these files or folders, which lie in `folder`, are of this kind; nothing if there are none."""
+        if paths:
+            self.add(kind, f"{folder}: {len(paths)}, first {paths[0].name}", len(paths))
 
     def extend(self, other):
         """Take over what another has."""
@@ -100,7 +105,8 @@ def is_normal(folder):
     words = re.findall("[a-z]+", name)
     like = plain in _LIKE_NORMAL
     for word in words:
-        like = like or word in ("ok", "okay", "nominal", "passed") or word.startswith(("good", "normal"))
+        like = like or word in ("ok", "okay", "nominal", "passed")
+        like = like or word.startswith(("good", "normal"))
     if like and not _DEFECTIVE_WORDS & set(words):
         raise UsageError(f"{folder}: the name looks like good images, but is none of those known "
                          "(good, ok, normal, ...): rename it to good, or to what the defect is")
@@ -136,15 +142,15 @@ def images_in(folder, notes=None):
     paths = [path for path in paths if not path.name.startswith(".")]
     images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
     if notes is not None:
-        others = [path for path in set(paths) - set(images) if path.name.lower() not in _JUNK]
-        files = sorted(path.name for path in others if not path.is_dir())
-        deeper = sorted(path.name for path in others if path.is_dir() and _plain(path.name) not in MASKS)
-        if files:
-            notes.add("files left out, no images by their suffix",
-                      f"{folder}: {len(files)}, first {files[0]}", len(files))
-        if deeper:
-            notes.add("folders left out, images are expected directly above",
-                      f"{folder}: {len(deeper)}, first {deeper[0]}", len(deeper))
+        known = set(images)
+        files, deeper = [], []
+        for path in paths:
+            if path.is_dir() and _plain(path.name) not in MASKS:
+                deeper.append(path)
+            elif path not in known and not path.is_dir() and path.name.lower() not in _JUNK:
+                files.append(path)
+        notes.add_files("files left out, no images by their suffix", folder, files)
+        notes.add_files("folders left out, images are expected directly above", folder, deeper)
     return images
 
 
@@ -288,18 +294,18 @@ def _called(names, folder):
 
 def _own(folder):
     """A folder of somebody's own, in whichever layout. Returns a `Source`; raises `UsageError` if none fits."""
-    name, notes = name_of(folder), Notes()
+    name, cls, notes = name_of(folder), _class_of(folder), Notes()
     readers = _open_classes(folder, notes)
     if readers:
         return Source(name, folder, readers, "CLASS/train and CLASS/test", notes)
     if _child(folder, TRAIN) or _child(folder, TEST):
-        readers = {name: partial(_read_class, folder, False)}
+        readers = {cls: partial(_read_class, folder, False)}
         return Source(name, folder, readers, "one class: train and test")
     if any(is_normal(path) for path in folders(folder)):
-        readers = {name: partial(_read_good, folder)}
+        readers = {cls: partial(_read_good, folder)}
         return Source(name, folder, readers, "one class: a folder of good images")
     if images_in(folder):
-        readers = {name: partial(_read_good, folder)}
+        readers = {cls: partial(_read_good, folder)}
         return Source(name, folder, readers, "one class: all images directly in it are good")
     notes = Notes()  # without those of the layout that did not fit
     for path in folders(folder):
@@ -309,8 +315,16 @@ def _own(folder):
             _note_left_out(path, notes)
     if readers:
         return Source(name, folder, readers, "CLASS/good, or good images directly in CLASS", notes)
-    raise UsageError(f"--data {folder}: no class in it; expected CLASS/train/good and CLASS/test/DEFECT, "
-                     f"or good images only in CLASS; found {contents(folder)}")
+    raise UsageError(f"--data {folder}: no class in it; expected CLASS/train/good and "
+                     f"CLASS/test/DEFECT, or good images only in CLASS; found {contents(folder)}")
+
+
+def _class_of(folder):
+    """What the only class of a folder is called: nut/train/good holds nuts."""
+    for name in reversed(Path(os.path.abspath(folder)).parts):
+        if _plain(name) not in (*NORMAL, *TRAIN, ""):
+            return name
+    return name_of(folder)
 
 
 def _note_left_out(path, notes):
@@ -333,18 +347,21 @@ def _open_classes(folder, notes, masks_demanded=False):
 
 def _read_class(folder, masks_demanded, cls, dataset, notes):
     """One class in MVTec layout. Returns (train, test)."""
-    train = [Sample(image, None, 0, cls, "good", dataset) for image in _training_images(folder, notes)]
-    test, home = [], _child(folder, TEST)
+    train = _good_samples(_training_images(folder, notes), cls, dataset)
+    test = []
+    home = _child(folder, TEST)
     _note_loose(home, notes)
     finder = _MaskFinder(folder, home, notes)
     for path in finder.kinds:
         images = images_in(path, notes)
         images, beside = _split_masks(images, notes)
         if is_normal(path):
-            test += [Sample(image, None, 0, cls, "good", dataset) for image in images]
+            test += _good_samples(images, cls, dataset)
             continue
         masks = finder.masks_of(path, images, beside)
-        test += [Sample(image, masks.get(image.stem), 1, cls, path.name, dataset) for image in images]
+        for image in images:
+            sample = Sample(image, masks.get(image.stem), 1, cls, path.name, dataset)
+            test.append(sample)
         lacking = [image for image in images if image.stem not in masks]
         if lacking:
             line = f"{path}: {len(lacking)} of {len(images)}, first {lacking[0].name}"
@@ -358,10 +375,14 @@ def _read_class(folder, masks_demanded, cls, dataset, notes):
         if _plain(path.name) not in (*TRAIN, *TEST, *MASKS):
             images = images_in(path)
             for below in folders(path):
-                images = images + images_in(below)
-            if images:
-                notes.add("images left out, neither in train nor in test", f"{path}: {len(images)}", len(images))
+                images += images_in(below)
+            notes.add_files("images left out, neither in train nor in test", path, images)
     return train, test
+
+
+def _good_samples(images, cls, dataset):
+    """Good images as samples."""
+    return [Sample(image, None, 0, cls, "good", dataset) for image in images]
 
 
 def _training_images(folder, notes):
@@ -377,17 +398,14 @@ def _training_images(folder, notes):
             found, _ = _split_masks(images_in(path, notes), notes)
             images += found
         else:
-            number = len(images_in(path))
-            notes.add("training images left out, their folder is not called good", f"{path}: {number}", number)
+            kind = "training images left out, their folder is not called good"
+            notes.add_files(kind, path, images_in(path))
     return images
 
 
 def _note_loose(home, notes):
     """Note images that lie beside the folders which would tell their label."""
-    loose = images_in(home)
-    if loose:
-        notes.add("images left out, no folder tells their label",
-                  f"{home}: {len(loose)}, first {loose[0].name}", len(loose))
+    notes.add_files("images left out, no folder tells their label", home, images_in(home))
 
 
 def _read_good(folder, cls, dataset, notes):
@@ -403,10 +421,8 @@ def _read_good(folder, cls, dataset, notes):
         others += loose
     else:
         images, _ = _split_masks(loose, notes)
-    if others:
-        notes.add("images left out, not in a good folder", f"{folder}: {len(others)}, first {others[0].name}",
-                  len(others))
-    return [Sample(image, None, 0, cls, "good", dataset) for image in images], []
+    notes.add_files("images left out, not in a good folder", folder, others)
+    return _good_samples(images, cls, dataset), []
 
 
 # ------------------------------------------------------------------------------- masks
@@ -416,10 +432,10 @@ def _split_masks(images, notes):
     """Image files of one folder -> (images, masks among them): NAME_mask.png beside NAME.png is a mask."""
     stems = {image.stem for image in images}
     masks = [image for image in images if _without_affix(image.stem) in stems]
-    if not masks:
-        return images, []
-    notes.add("masks found beside their images", f"{masks[0].parent}: {len(masks)}, first {masks[0].name}", len(masks))
-    return [image for image in images if image not in masks], masks
+    if masks:
+        notes.add_files("masks found beside their images", masks[0].parent, masks)
+        images = [image for image in images if _without_affix(image.stem) not in stems]
+    return images, masks
 
 
 class _MaskFinder:
@@ -441,25 +457,25 @@ class _MaskFinder:
         self.flat = []  # masks directly in a home, which any defect may claim
         for home in self.homes:
             self.flat += images_in(home)
-        stems = Counter(image.stem for path in self.kinds for image in images_in(path) if not is_normal(path))
+        stems = Counter()  # how many kinds of defects have an image of this name
+        for path in self.kinds:
+            if not is_normal(path):
+                stems.update({image.stem for image in images_in(path)})
         self.ambiguous = {stem for stem, times in stems.items() if times > 1}
         self.claimed = set()
 
     def masks_of(self, defect, images, beside):
         """The masks of the images of one defect's folder: {stem of the image: file or folder}."""
         stems = Counter(image.stem for image in images)
-        doubled = [stem for stem, times in stems.items() if times > 1]
-        if doubled:
-            self.notes.add("images that share a name, and so a mask", f"{defect}: {len(doubled)}, first {doubled[0]}",
-                           len(doubled))
+        sharing = [image for image in images if stems[image.stem] > 1]
+        self.notes.add_files("images that share a name, and so a mask", defect, sharing)
         masks = {}
         own = list(beside)
         for place in self._places(defect):
             own += _masks_in(place, self.notes)
         unused = [mask for mask in own if not self._claim(mask, stems, masks)]
         if unused:
-            self.notes.add("masks without an image", f"{unused[0].parent}: {len(unused)}, first {unused[0].name}",
-                           len(unused))
+            self.notes.add_files("masks without an image", unused[0].parent, unused)
         for mask in self.flat:
             if _image_of(mask, stems) not in self.ambiguous and self._claim(mask, stems, masks):
                 self.claimed.add(mask)
@@ -481,20 +497,22 @@ class _MaskFinder:
             return False
         first = masks.setdefault(stem, mask)
         if first != mask:
-            self.notes.add("masks left out, their image has another one", f"{mask}, used is {first.name}")
+            kind = "masks left out, their image has another one"
+            self.notes.add(kind, f"{mask}, used is {first.name}")
         return True
 
     def note_unused(self):
         """Note the masks that no image of the class has claimed."""
         unused = [mask for mask in self.flat if mask not in self.claimed]
         if unused:
-            self.notes.add("masks without an image, or with several of its name",
-                           f"{unused[0].parent}: {len(unused)}, first {unused[0].name}", len(unused))
+            kind = "masks without an image, or with several of its name"
+            self.notes.add_files(kind, unused[0].parent, unused)
         known = {path.name.lower() for path in self.kinds}
         for home in self.homes:
             for path in folders(home):
                 if path.name.lower() not in known and _plain(path.name) not in NORMAL:
-                    self.notes.add("mask folders without images", f"{path}: no folder of this name in test")
+                    place = f"{path}: no folder of this name in test"
+                    self.notes.add("mask folders without images", place)
 
 
 def _image_of(mask, stems):
@@ -533,7 +551,8 @@ def _open_visa(folder, notes):
             raise UsageError(f"{split_file}: no column '{min(lacking)}'; unpack the data set again")
         for row in rows:
             if not _sound(row):
-                raise UsageError(f"{split_file}: line {rows.line_num} is damaged; unpack the data set again")
+                raise UsageError(f"{split_file}: line {rows.line_num} is damaged; "
+                                 "unpack the data set again")
             mask = folder / row["mask"] if row["mask"] else None
             defect = "good" if row["label"] == "normal" else "bad"
             entry = row["split"], defect, folder / row["image"], mask
@@ -577,7 +596,8 @@ def _read_json(path, folder, cls, dataset, notes):
                 mask = folder / entry["mask_path"] if entry.get("mask_path") else None
                 entries.append((split, defect, folder / entry["image_path"], mask))
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: not a list of Real-IAD ({error!r}); unpack the data set again") from error
+        raise UsageError(f"{path}: not a list of Real-IAD ({error!r}); "
+                         "unpack the data set again") from error
     return _read_list(path, entries, cls, dataset, notes)
 
 
@@ -586,12 +606,14 @@ def _read_list(path, entries, cls, dataset, notes):
     once = list(dict.fromkeys(entries))
     if len(once) < len(entries):
         number = len(entries) - len(once)
-        notes.add("entries that a list holds twice, the copies left out", f"{path.name}, {cls}: {number}", number)
+        kind = "entries that a list holds twice, the copies left out"
+        notes.add(kind, f"{path.name}, {cls}: {number}", number)
     files = [file for _, _, image, mask in once for file in (image, mask) if file]
     missing = [file for file in files if not file.is_file()]
     if missing:
-        raise UsageError(f"{path}: {len(missing)} of {len(files)} files listed for {cls} are missing (first: "
-                         f"{missing[0]}); unpack the data set again, or leave the class out with --classes")
+        raise UsageError(f"{path}: {len(missing)} of {len(files)} files listed for {cls} are missing "
+                         f"(first: {missing[0]}); unpack the data set again, or leave the class out "
+                         "with --classes")
     samples = {"train": [], "test": []}
     for split, defect, image, mask in sorted(once, key=_kind_and_path):
         good = defect == "good"
@@ -602,13 +624,11 @@ def _read_list(path, entries, cls, dataset, notes):
     if both:
         raise UsageError(f"{path}: {cls} lists {min(both)} for training and for testing; "
                          "unpack the data set again")
-    left_out = len(samples["train"]) - len(train)
-    if left_out:
-        notes.add("training images left out, they are defective", f"{path.name}, {cls}: {left_out}", left_out)
+    defective = [sample.image for sample in samples["train"] if sample.label]
     lacking = [sample.image for sample in samples["test"] if sample.label and not sample.mask]
-    if lacking:
-        notes.add("defective test images without a mask",
-                  f"{path.name}, {cls}: {len(lacking)}, first {lacking[0].name}", len(lacking))
+    place = f"{path.name}, {cls}"
+    notes.add_files("training images left out, they are defective", place, defective)
+    notes.add_files("defective test images without a mask", place, lacking)
     return train, samples["test"]
 
 

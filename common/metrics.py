@@ -534,7 +534,7 @@ def _ranked_bins(acc, names, regions, group):
 
 
 def _common_dtype(acc, group):
-    """The float type in which scores are compared: float64 if any map of any process is; float16 is exact in float32."""
+    """The float type in which scores are compared: float64 if any map of any process is in it, else float32."""
     mine = {a_map.dtype for c in acc.classes.values() for a_map in c.maps}
     kinds = set().union(*group.gather(mine))
     return np.float64 if np.dtype(np.float64) in kinds else np.float32

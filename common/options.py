@@ -5,10 +5,10 @@
         width: int = option(256, "width of the model", group="model", low=1)
 
     PRESETS = {"paper": {}, "laptop": {"width": 64}}
-    args = parse(Args, PRESETS, __doc__)
+    args = parse(Args, PRESETS, __doc__, method="omniad")
 
 Nothing heavy is imported here: a script that calls `before_torch` between its options and its `import torch` answers
---help, and a wrong option, at once.
+--help, and a wrong option, at once, and ends in one line if Ctrl-C comes while torch is imported.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,8 @@ OF_THE_RUN = (
     "workers",
     "data_root",
     "predict",
+    "threads",
+    "holdout",
 )
 # What a resumed run may change: it leaves the trained model as it would have been.
 FREE_ON_RESUME = (
@@ -51,6 +54,7 @@ FREE_ON_RESUME = (
     "out",
     "device",
     "workers",
+    "threads",
     "data_root",
     "save_maps",
     "shift",
@@ -88,7 +92,8 @@ class Options:
 
     data: str = option(
         "synth",
-        "synth, mvtec, visa, btad, realiad, several joined with +, or a folder in MVTec layout",
+        "synth, mvtec, visa, btad, realiad, several joined with +, or a folder: in MVTec layout, or "
+        "of good images only",
         group="data",
     )
     data_root: str = option(
@@ -114,6 +119,14 @@ class Options:
         group="data",
         choices=("half", "nearest", "any"),
     )
+    holdout: float = option(
+        0.1,
+        "without test images: the share of each class's training images that is not trained on, "
+        "but sets the threshold",
+        group="data",
+        low=0.0,
+        high=0.9,
+    )
     memory_share: float = option(
         0.5,
         "share of the free memory that decoded images and frozen features may take",
@@ -127,7 +140,7 @@ class Options:
         choices=("", "laptop", "paper"),
     )
     out: str = option("", "folder of the run (default: runs/<script>-<data>)")
-    overwrite: bool = option(False, "replace what --out holds")
+    overwrite: bool = option(False, "replace the run that --out holds")
     resume: bool = option(False, "go on from the newest checkpoint in --out")
     eval: str = option("", "no training: evaluate this checkpoint")
     predict: list = option(
@@ -142,6 +155,10 @@ class Options:
         "auto",
         "processes that prepare batches: a number, or auto: with a GPU, one less than there are "
         "cores, at most 16, where batches hold pixels; else 0",
+    )
+    threads: str = option(
+        "auto",
+        "CPU threads of PyTorch: a number, or auto: $OMP_NUM_THREADS, else as measured at the start",
     )
     amp: str = option(
         "off",
@@ -165,51 +182,130 @@ class Options:
 # ----------------------------------------------------------------------------------- parsing
 
 
+EXAMPLES = """\
+  {0}                                   train and evaluate on pictures drawn by code
+  {0} --data FOLDER                     on your own images; good ones are enough
+  {0} --eval CHECKPOINT --predict PATH  score images that nobody labelled"""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # one line, not the whole usage
         raise UsageError(f"{message} (--help explains every option)")
 
+    def format_help(self):
+        """What it is, how it is called, then every option."""
+        formatter = self._get_formatter()
+        for group in self._action_groups:
+            formatter.start_section(group.title)
+            formatter.add_arguments(group._group_actions)
+            formatter.end_section()
+        usage = f"usage: {self.prog} [--option value ...]\n\nexamples:\n{EXAMPLES.format(self.prog)}"
+        return f"{self.description}\n\n{usage}\n\n{formatter.format_help()}"
+
 
 def before_torch(Args, presets, description):
-    """What can be answered before torch is imported, is: --help, and a wrong option in one line.
+    """What can be done before torch is imported: --help, a wrong option in one line, Ctrl-C in one
+    line, and how the OpenMP threads wait.
 
     To be called by a script that is being run, after its options and before its `import torch`.
     Arguments as for `parse`.
     """
+    any_output()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell ignores it
+        signal.signal(signal.SIGINT, interrupted_early)
+    _wait_briefly()
     try:
         given = vars(_parser(Args, presets, description).parse_args())
-        _refuse_contradictions(given)
+        _check_given(given, Args)
+        if given.get("resume"):
+            _of_run_to_resume(Path(given.get("out") or _default_out(given)), given, Args)
+        elif given.get("eval") and not os.path.isfile(given["eval"]):
+            raise UsageError(f"{given['eval']}: no such checkpoint")
     except UsageError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        tell(f"{Path(sys.argv[0]).name}: {error}")
         sys.exit(2)
+    finally:
+        flush_output()
 
 
-def parse(Args, presets, description, argv=None):
+def any_output():
+    """What stdout and stderr cannot encode is written as \\x.., in place of an error: file names that
+    are no UTF-8, and every sign that an old code page lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def tell(line):
+    """Print a line on stderr, if anybody reads that."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        to_nowhere(sys.stderr)
+
+
+def flush_output():
+    """Write what is buffered. Where nobody reads any more (`| head`), it is dropped without a word."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            to_nowhere(stream)
+
+
+def to_nowhere(stream):
+    """What is written to the stream from now on, or is still in its buffer, is dropped."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def interrupted_early(*_):
+    """Ctrl-C while modules are imported. Ends the process at once, since an exception would show as
+    the failure of some import."""
+    message = f"{Path(sys.argv[0]).name}: interrupted before the run began\n"
+    os.write(2, message.encode(errors="surrogateescape"))
+    os._exit(130)
+
+
+def _wait_briefly():
+    """OpenMP threads that wait for one another give up their core soon, unless the user has said how.
+
+    GNU's OpenMP, with which PyTorch is built on Linux, has them spin for milliseconds: beside other
+    programs the threads then steal each other's time. It reads this when torch is imported.
+    """
+    if sys.platform == "linux" and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "1000"
+
+
+def parse(Args, presets, description, argv=None, method=None):
     """The command line -> Args.
 
     Precedence: given > values of the run to resume or of the checkpoint to evaluate > preset > the
-    default in `Args`.
+    default in `Args`. Paths become absolute, so that a checkpoint can be used from any folder.
 
     Args:
         Args: dataclass that inherits Options; every field made by `option`.
         presets: {"laptop": {field: value}, "paper": {...}}, or a function of no arguments that
             returns it, where the presets depend on another option.
         description: the script's docstring; its first line heads --help.
+        method: the script's name in its checkpoints. Options of another one's are not even read.
     Raises:
-        UsageError: unknown option, wrong type, value out of range, contradicting options.
+        UsageError: unknown option, wrong type, value out of range, contradicting options; --eval or
+            --resume of another script.
     """
     if callable(presets):
         presets = presets()
     fields = {field.name: field for field in dataclasses.fields(Args)}
     given = vars(_parser(Args, presets, description).parse_args(argv))
-    _refuse_contradictions(given)
+    _check_given(given, Args)
     saved = {}
     if given.get("eval"):
-        saved = _of_checkpoint(given["eval"], fields)
+        saved = _of_checkpoint(given, fields, method)
         given.setdefault("out", _default_out({**saved, **given}) + _kind_of_evaluation(given))
     given.setdefault("out", _default_out(given))
+    for name in given:
+        given[name] = _absolute(fields[name], given[name])
     if given.get("resume"):
-        saved = _of_run_to_resume(Path(given["out"]), given, fields)
+        saved = _of_run_to_resume(Path(given["out"]), given, Args, method)
     data = given.get("data", saved.get("data", fields["data"].default))
     preset = given.get("preset") or saved.get("preset") or default_preset(data)
     args = Args(**{**presets.get(preset, {}), **saved, **given, "preset": preset})
@@ -240,6 +336,7 @@ def _parser(Args, presets, description):
     if callable(presets):
         presets = presets()
     parser = _Parser(
+        prog=Path(sys.argv[0]).name,
         description=description.strip().split("\n")[0],
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -287,27 +384,75 @@ def _shown_default(field, default, presets):
     return f"default: {default}"
 
 
-def _refuse_contradictions(given):
+def _check_given(given, Args):
+    """What can be told without the values of a checkpoint or preset. Raises `UsageError`."""
+    for field in dataclasses.fields(Args):
+        if field.name in given:
+            _check_range(field, given[field.name])
+    threads = given.get("threads", "auto")
+    if threads != "auto" and not (threads.isdecimal() and int(threads) > 0):
+        raise UsageError(f"--threads {threads}: must be auto or a number above 0")
     if given.get("predict") and not given.get("eval"):
         raise UsageError("--predict needs --eval CHECKPOINT: the trained model to score with")
     if given.get("resume") and (given.get("eval") or given.get("overwrite")):
         raise UsageError("--resume goes with neither --eval nor --overwrite")
 
 
-def _of_checkpoint(path, fields):
-    """The options that the checkpoint at `path` was trained with."""
+def _absolute(field, value):
+    """The value of an option; if it names a file or folder of this machine, its absolute path."""
+    if field.name == "data":
+        if os.path.isdir(value) and value not in (*BENCHMARKS, "synth"):  # its name may hold a +
+            return os.path.abspath(value)
+        return "+".join(map(_absolute_source, value.split("+")))
+    may_be_path = field.type is str and not field.metadata["choices"]
+    if may_be_path and field.name not in ("out", "classes", "corrupt") and os.path.exists(value):
+        return os.path.abspath(value)
+    return value
+
+
+def _absolute_source(name):
+    if name and name not in (*BENCHMARKS, "synth") and os.path.isdir(name):
+        return os.path.abspath(name)
+    return name
+
+
+def _of_checkpoint(given, fields, method):
+    """The options that the checkpoint to evaluate was trained with.
+
+    Raises:
+        UsageError: no such checkpoint, of another script, or a file that it was trained with is gone.
+    """
     from common.runtime import load_checkpoint  # torch
 
-    saved = load_checkpoint(path)["args"]
-    return {k: v for k, v in saved.items() if k in fields and k not in OF_THE_RUN}
+    path = given["eval"]
+    saved = {}
+    for name, value in load_checkpoint(path, method)["args"].items():
+        if name in fields and name not in OF_THE_RUN:
+            saved[name] = value
+    for name in saved.keys() - given.keys():
+        needed = name != "data" or not given.get("predict")
+        if needed and _is_gone(saved[name]):
+            raise UsageError(
+                f"{path} was trained with {_flag(name)} {saved[name]}, which is not there now; name it "
+                f"anew with {_flag(name)}"
+            )
+    return saved
+
+
+def _is_gone(value):
+    """Whether a value, as `_absolute` makes it, names files or folders of which one is missing."""
+    if not isinstance(value, str) or os.path.exists(value):
+        return False
+    return any(os.path.isabs(part) and not os.path.exists(part) for part in value.split("+"))
 
 
 def _default_out(values):
     script = Path(sys.argv[0]).stem or "run"
-    data = values.get("data", "synth")
-    if os.sep in data or data == ".":
-        data = Path(data).resolve().name
-    return str(Path("runs") / f"{script}-{data}")
+    names = []
+    for part in values.get("data", "synth").split("+"):
+        is_path = os.sep in part or part == "."
+        names.append(Path(part).resolve().name if is_path else part)
+    return str(Path("runs") / f"{script}-{'+'.join(names)}")
 
 
 def _kind_of_evaluation(given):
@@ -318,13 +463,27 @@ def _kind_of_evaluation(given):
     return kind
 
 
-def _of_run_to_resume(out, given, fields):
+def _of_run_to_resume(out, given, Args, method=None):
     """The options of the interrupted run in `out`; those given again must not contradict them."""
     path = out / "args.json"
     if not path.is_file():
         raise UsageError(f"--resume: {out} holds no run (no args.json); leave --resume out")
-    saved = {k: v for k, v in json.loads(path.read_text()).items() if k in fields}
+    try:
+        of_run = dict(json.loads(path.read_text()))
+    except ValueError:
+        raise UsageError(f"--resume: {path} is damaged; --overwrite starts anew") from None
+    theirs = of_run.get("method", method)
+    if method and theirs != method:
+        raise UsageError(f"--resume: {out} holds a run of {theirs}.py, not of {method}.py")
+    if of_run.get("eval"):
+        raise UsageError(
+            f"--resume: {out} holds an evaluation of {of_run['eval']}, not a training; --overwrite "
+            "does it again"
+        )
+    fields = {field.name: field for field in dataclasses.fields(Args)}
+    saved = {name: value for name, value in of_run.items() if name in fields}
     for name, value in given.items():
+        value = _absolute(fields[name], value)
         if name in saved and name not in FREE_ON_RESUME and saved[name] != value:
             raise UsageError(
                 f"--resume: {out} was started with {_flag(name)} {saved[name]}, not {value}; "

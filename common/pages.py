@@ -1,4 +1,4 @@
-"""Pages to look through in a browser: each is one file with its pictures in it, and needs no network.
+"""Pages to look through in a browser: each is one file, pictures included, and asks no network.
 
     predictions.html   what --predict gave, the highest score first           (`Predictions`)
     run.html           a finished run: misses and false alarms, table, classes   (`run_page`)
@@ -12,7 +12,7 @@ import io
 import json
 import os
 import tempfile
-from collections import defaultdict
+from collections import Counter
 from pathlib import Path
 from urllib.parse import quote_from_bytes
 
@@ -25,9 +25,11 @@ THUMBNAIL = 160  # pixels of a picture's longer side
 FAILURES = 12  # misses shown of a class, and false alarms
 
 STYLE = """
-:root { color-scheme: light dark; --pale: #8884; --red: #c8352f; --green: #2f7d3b; --amber: #a66300 }
+:root { color-scheme: light dark; --pale: #8884;
+        --red: #c8352f; --green: #2f7d3b; --amber: #a66300 }
 @media (prefers-color-scheme: dark) { :root { --red: #ff7b72; --green: #7ccf86; --amber: #e3a04f } }
-body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; padding: 0 1rem; max-width: 90rem }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 90rem; margin: 1.5rem auto;
+       padding: 0 1rem }
 h1 { font-size: 1.5rem; margin: 0 0 .3rem } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem }
 h3 { font-size: 1rem; margin: 1.2rem 0 .4rem }
 .note { opacity: .75; max-width: 60rem; margin: .3rem 0 }
@@ -43,15 +45,18 @@ figure { margin: 0; padding: .5rem; border: 1px solid var(--pale); border-radius
 figure[hidden] { display: none }
 figure.defective, figure.missed { border-left-color: var(--red) }
 figure.good { border-left-color: var(--green) } figure.alarm { border-left-color: var(--amber) }
-.defective b, .missed b { color: var(--red) } .good b { color: var(--green) } .alarm b { color: var(--amber) }
-figure img { width: 100%; height: auto; display: block; margin-bottom: .3rem; image-rendering: auto }
+.defective b, .missed b { color: var(--red) }
+.good b { color: var(--green) } .alarm b { color: var(--amber) }
+figure img { width: 100%; height: auto; display: block; margin-bottom: .3rem }
 figcaption { font-size: .87rem } figcaption .path { opacity: .75 }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .15rem .7rem; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas }
 thead th, tr.line td { border-bottom: 1px solid var(--pale) } tr.paper td { opacity: .7 }
-.compare td, .compare th { text-align: center; vertical-align: top; padding: .2rem; font-size: .87rem }
-.compare td:first-child { text-align: left; white-space: normal; max-width: 14rem; overflow-wrap: anywhere }
+.compare td, .compare th { text-align: center; vertical-align: top; padding: .2rem;
+                           font-size: .87rem }
+.compare td:first-child { text-align: left; white-space: normal; max-width: 14rem;
+                          overflow-wrap: anywhere }
 .wide { max-width: 100%; height: auto; background: white }
 """
 
@@ -72,11 +77,11 @@ show();
 """
 
 
-# --------------------------------------------------------------------------------------------- pieces
+# ------------------------------------------------------------------------------------------- pieces
 
 
 def readable(path):
-    """A path (or a text with paths in it) that can be printed: bytes that are no UTF-8 become U+FFFD."""
+    """A path, or text with paths in it, to be printed: bytes that are no UTF-8 become U+FFFD."""
     return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
@@ -116,7 +121,7 @@ def embedded(content, kind="jpeg"):
 
 
 def figure(caption, picture=None, links=None):
-    """The inside of <figure>: bytes. picture: JPEG, bytes; links: {name: path relative to the page}."""
+    """The inside of <figure>: bytes. picture: of a JPEG; links: {name: path from the page}."""
     parts, addresses = [], {name: link(path) for name, path in (links or {}).items()}
     if picture is not None:
         image = f'<img alt="" loading="lazy" src="{embedded(picture)}">'
@@ -150,22 +155,22 @@ def document(title, body):
 
 
 class Predictions:
-    """The figures of predictions.html. They wait in a temporary file until all are there, as thousands would fill the
-    memory; only their places are kept."""
+    """The figures of predictions.html. They wait in a temporary file until all are there, as
+    thousands would fill the memory; only their places are kept."""
 
     def __init__(self, folder):
         self.file = tempfile.TemporaryFile(dir=folder)
         self.places = []  # (score or None, offset, length)
-        self.folders = {}  # folder -> [number, figures in it]
-        self.verdicts = defaultdict(int)
+        self.numbers = {}  # folder -> its number on the page
+        self.folders, self.verdicts = Counter(), Counter()  # figures of each
 
     def add(self, content, score, verdict, folder):
-        """content: of `figure`; score: None if there is none; folder: what the page can be filtered by."""
-        number_and_count = self.folders.setdefault(folder, [len(self.folders), 0])
-        number_and_count[1] += 1
+        """content: by `figure`; score: None if there is none; folder: one choice of the filter."""
+        number = self.numbers.setdefault(folder, len(self.numbers))
         kind = verdict or "no score"
+        self.folders[folder] += 1
         self.verdicts[kind] += 1
-        head = f'<figure class="{verdict}" data-folder="{number_and_count[0]}" data-verdict="{kind}">'
+        head = f'<figure class="{verdict}" data-folder="{number}" data-verdict="{kind}">'
         content = head.encode() + content + b"</figure>\n"
         self.places.append((score, self.file.tell(), len(content)))
         self.file.write(content)
@@ -189,21 +194,23 @@ class Predictions:
         if pixel_threshold is not None:
             colours += f", but at least to the pixel threshold {text(float(pixel_threshold))}"
         folders = [f'<option value="">all ({len(self.places)})']
-        for folder, (number, count) in self.folders.items():
-            folders.append(f'<option value="{number}">{escaped(folder)} ({count})')
+        for folder, count in self.folders.items():
+            folders.append(f'<option value="{self.numbers[folder]}">{escaped(folder)} ({count})')
         verdicts = [f'<option value="">all ({len(self.places)})']
         for verdict, count in sorted(self.verdicts.items()):
             verdicts.append(f'<option value="{verdict}">{verdict} ({count})')
         return (f"<h1>Predictions of {escaped(method)}</h1>"
-                f"<p class=note>Highest score first. Defective: score above {text(float(threshold))}; ratio: score "
-                f"divided by it. Left the picture, right its anomaly map over it, coloured {colours}; a click opens "
-                f"the map at the picture's own resolution.</p>"
+                f"<p class=note>Highest score first. Defective: score above "
+                f"{text(float(threshold))}; ratio: score divided by it. Left the picture, right "
+                f"its anomaly map over it, coloured {colours}; a click opens the map at the "
+                f"picture's own resolution.</p>"
                 f"<nav><label>folder <select id=folder>{''.join(folders)}</select></label>"
                 f"<label>verdict <select id=verdict>{''.join(verdicts)}</select></label>"
-                f"<span><span id=shown>{len(self.places)}</span> shown</span></nav>\n<div class=figures>\n")
+                f"<span><span id=shown>{len(self.places)}</span> shown</span></nav>\n"
+                f"<div class=figures>\n")
 
 
-# ------------------------------------------------------------------------------------------- one run
+# ------------------------------------------------------------------------------------------ one run
 
 
 def run_page(folder, columns):
@@ -213,9 +220,9 @@ def run_page(folder, columns):
     """
     result, rows = _read_run(folder)
     seconds = result["seconds"]
-    setting = ", ".join(f"{escaped(name)}: {escaped(value)}" for name, value in result["setting"].items())
+    setting = [f"{escaped(name)}: {escaped(value)}" for name, value in result["setting"].items()]
     body = [f"<h1>{escaped(result['method'])} on {escaped(result['data'])}</h1>",
-            f"<p class=note>{setting}</p>",
+            f"<p class=note>{', '.join(setting)}</p>",
             f"<p class=note>{result['images']} test images, seed {result['seed']}, commit "
             f"{escaped(result['commit'])}, {text(seconds.get('train'))} s of training</p>",
             *_problems(result), *_failures(folder, rows), *_table(result, columns),
@@ -231,9 +238,9 @@ def _read_run(folder):
     try:
         result = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         rows = []
-        with open(folder / "scores.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            for row in csv.DictReader(file):
-                rows.append((row["path"], row["class"], int(row["label"]), float(row["score"])))
+        scores = (folder / "scores.csv").read_text(encoding="utf-8", errors="surrogateescape")
+        for row in csv.DictReader(io.StringIO(scores, newline="")):
+            rows.append((row["path"], row["class"], int(row["label"]), float(row["score"])))
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder}: metrics.json or scores.csv is damaged ({error!r})") from error
     return result, rows
@@ -244,15 +251,17 @@ def _problems(result):
     if not problems:
         return []
     lines = "".join(f"<li>{escaped(problem)}</li>" for problem in problems)
-    return [f"<details><summary>{len(problems)} remarks on the data</summary><ul>{lines}</ul></details>"]
+    summary = f"<summary>{len(problems)} remarks on the data</summary>"
+    return [f"<details>{summary}<ul>{lines}</ul></details>"]
 
 
 def _failures(folder, rows):
-    """Misses and false alarms: the class with the most of them first, of each class the worst first."""
+    """Misses and false alarms: the class with the most first, of each class the worst first."""
     parts = ["<h2>Misses and false alarms</h2>",
-             "<p class=note>For each class at the threshold of its best F1 on these test images; one that is chosen "
-             "without their labels does no better in F1. Left the picture, then, where --save-maps kept them, the "
-             "true region and the anomaly map over the picture, one colour scale a class.</p>"]
+             "<p class=note>For each class at the threshold of its best F1 on these test images; "
+             "one that is chosen without their labels does no better in F1. Left the picture, "
+             "then, where --save-maps kept them, the true region and the anomaly map over the picture, "
+             "one colour scale a class.</p>"]
     corrupt = _args(folder).get("corrupt")
     if corrupt:
         parts.append(f"<p class=note>Scored under --corrupt {escaped(corrupt)}, shown without.</p>")
@@ -283,7 +292,8 @@ def _failures_of_class(folder, cls, rows):
     misses = sorted((row for row in bad if row[3] < threshold), key=lambda row: row[3])
     alarms = sorted((row for row in good if row[3] >= threshold), key=lambda row: -row[3])
     parts = [f"<h3>{escaped(cls)}: {len(misses)} of {len(bad)} defective images missed, "
-             f"{len(alarms)} false alarms on {len(good)} good ones (threshold {threshold:.4g})</h3>"]
+             f"{len(alarms)} false alarms on {len(good)} good ones "
+             f"(threshold {threshold:.4g})</h3>"]
     if misses or alarms:
         maps = _Maps(folder, cls)
         parts.append("<div class=figures>")
@@ -319,11 +329,12 @@ class _Maps:
                 self.scores, self.labels = kept["scores"], kept["labels"]
                 self.index = {path: i for i, path in enumerate(kept["paths"].tolist())}
             except (ValueError, KeyError, OSError) as error:
-                raise UsageError(f"{file}: not readable ({error!r}); evaluate again with --save-maps") from error
+                raise UsageError(f"{file}: not readable ({error!r}); evaluate again with "
+                                 f"--save-maps") from error
             self.low, self.high = self.maps.min(), self.maps.max()
 
     def panels(self, path):
-        """Picture, and where its map was kept the true region and the overlay: uint8 (h, w, 3) each."""
+        """Picture and, where its map was kept, true region and overlay: uint8 (h, w, 3) each."""
         picture = thumbnail(path)
         if path not in self.index:
             return [picture]
@@ -339,7 +350,7 @@ class _Maps:
 
 
 def thumbnail(path):
-    """uint8 (h, w, 3), the longer side at most THUMBNAIL. Raises UsageError if the file cannot be read."""
+    """uint8 (h, w, 3), the longer side at most THUMBNAIL. Raises UsageError as `read_image`."""
     picture = Image.fromarray(data.read_image(Path(path)))
     picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
     return np.asarray(picture)
@@ -349,7 +360,8 @@ def _table(result, columns):
     """The seven metrics in per cent, the paper's below ours."""
     paper = result.get("paper") or {}
     head = "".join(f"<th>{title}</th>" for title in columns.values())
-    lines = ["<h2>Metrics in per cent</h2><div class=scroll><table>", f"<thead><tr><th></th>{head}</tr></thead>"]
+    lines = ["<h2>Metrics in per cent</h2><div class=scroll><table>",
+             f"<thead><tr><th></th>{head}</tr></thead>"]
 
     def add(name, values, of_paper, kind=""):
         cells = "".join(f"<td>{percent(values.get(key))}</td>" for key in columns)
@@ -369,32 +381,35 @@ def _table(result, columns):
 
 
 def _class_pictures(folder, result):
-    """Every picture of the run: those of the classes with the lowest image AUROC first, then the others."""
+    """Every picture of the run: the class with the lowest I-AUROC first, then the others."""
     def auroc(cls):
         value = result["classes"][cls].get("i_auroc")
         return 2 if value is None else value
 
     parts = ["<h2>Classes</h2>",
-             "<p class=note>The class with the lowest I-AUROC first. Picture, true region, anomaly map, both; below "
-             "them the scores.</p>"]
+             "<p class=note>The class with the lowest I-AUROC first. Picture, true region, anomaly "
+             "map, both; below them the scores.</p>"]
     names = sorted(result["classes"], key=auroc)
-    files = {folder / "pictures" / f"{name}.png": name for name in names}
+    files = {folder / "pictures" / pictures.file_of(name, names): name for name in names}
     for file in sorted((folder / "pictures").glob("*.png")):
         files.setdefault(file, file.stem)
     for file, name in files.items():
         if file.is_file():
             source = embedded(file.read_bytes(), "png")
-            parts.append(f'<h3>{escaped(name)}</h3><img class=wide alt="" loading="lazy" src="{source}">')
+            image = f'<img class=wide alt="" loading="lazy" src="{source}">'
+            parts.append(f"<h3>{escaped(name)}</h3>{image}")
     return parts
 
 
-# -------------------------------------------------------------------------------------- several runs
+# ------------------------------------------------------------------------------------- several runs
 
 
 def compare_page(folders, columns):
-    """The page of several finished runs, HTML: their metrics, and the same images as each of them sees them.
+    """The page of several finished runs, HTML: their metrics, and the same images as each of them
+    sees them.
 
-    Raises UsageError if one of them is no finished run, keeps no maps, or has no image in common with the others.
+    Raises UsageError if one of them is no finished run, keeps no maps, or has no image in common
+    with the others.
     """
     results = [_read_run(folder)[0] for folder in folders]
     names = [f"{folder.name} ({result['method']})" for folder, result in zip(folders, results)]
@@ -407,13 +422,16 @@ def compare_page(folders, columns):
             cells = "".join(f"<td>{percent(result[part].get(key))}</td>" for key in columns)
             body.append(f"<tr><td>{escaped(name)}</td>{cells}</tr>")
         body.append("</table></div>")
-    classes = [cls for cls in results[0]["classes"] if all(cls in result["classes"] for result in results)]
+    classes = set(results[0]["classes"])
+    for result in results[1:]:
+        classes &= result["classes"].keys()
     if not classes:
         raise UsageError(f"{', '.join(map(str, folders))}: no class in common")
-    body.append("<h2>The same images</h2><p class=note>The image whose rank among its class's test images differs "
-                "most from run to run, then defective images with the highest, the median and the lowest rank, then "
-                "the good one with the highest. One colour scale for each run and class.</p>")
-    for cls in classes:
+    body.append("<h2>The same images</h2><p class=note>The image whose rank among its class's test "
+                "images differs most from run to run, then defective images with the highest, the "
+                "median and the lowest rank, then the good one with the highest. One colour scale "
+                "for each run and class.</p>")
+    for cls in sorted(classes):
         body += _compared_class(cls, folders, names)
     return document("runs side by side", "\n".join(body))
 
@@ -423,12 +441,13 @@ def _compared_class(cls, folders, names):
     for folder in folders:
         maps = _Maps(folder, cls)
         if not maps.index:
-            raise UsageError(f"{folder}: no maps/{cls}.npz, which the comparison needs; evaluate it again: --eval "
-                             f"{folder / 'checkpoint.pt'} --save-maps")
+            raise UsageError(f"{folder}: no maps/{cls}.npz, which the comparison needs; evaluate "
+                             f"it again: --eval {folder / 'checkpoint.pt'} --save-maps")
         kept.append(maps)
     common = [path for path in kept[0].index if all(path in maps.index for maps in kept)]
     if not common:
-        raise UsageError(f"{folders[0]} and {folders[1]}: no image of class '{cls}' in common (paths must be the same)")
+        raise UsageError(f"{folders[0]} and {folders[1]}: no image of class '{cls}' in common "
+                         f"(paths must be the same)")
     head = "".join(f"<th>{escaped(name)}</th>" for name in names)
     lines = [f"<h3>{escaped(cls)}</h3><div class=scroll><table class=compare>",
              f"<thead><tr><th></th><th>picture</th><th>true region</th>{head}</tr></thead>"]
@@ -454,11 +473,16 @@ def _interesting(kept, paths):
     if len(kept) > 1:
         chosen[max(paths, key=spread.get)] = "differs most"
     if bad:
-        for what, path in (("highest rank", bad[-1]), ("median", bad[len(bad) // 2]), ("lowest rank", bad[0])):
-            chosen.setdefault(path, what)
+        chosen.setdefault(bad[-1], "highest rank")
+        chosen.setdefault(bad[len(bad) // 2], "median")
+        chosen.setdefault(bad[0], "lowest rank")
     if good:
         chosen.setdefault(good[-1], "good, highest rank")
     return [(what, path) for path, what in chosen.items()]
+
+
+def _image(array):
+    return f'<img alt="" src="{embedded(jpeg(Image.fromarray(array)))}">'
 
 
 def _compared_row(what, path, kept):
@@ -466,8 +490,9 @@ def _compared_row(what, path, kept):
     cells = [f"<b>{what}</b><br>{escaped(Path(path).parent.name)}<br>{escaped(Path(path).name)}"]
     try:
         picture = thumbnail(path)
-        panels = [picture, first.truth(path, picture), *(maps.overlay(path, picture) for maps in kept)]
-        images = [f'<img alt="" src="{embedded(jpeg(Image.fromarray(panel)))}">' for panel in panels]
+        panels = [picture, first.truth(path, picture)]
+        panels += [maps.overlay(path, picture) for maps in kept]
+        images = [_image(panel) for panel in panels]
     except UsageError:
         images = ["(the picture is no longer there)"] + [""] * (1 + len(kept))
     scores = [f"score {maps.scores[maps.index[path]]:.4g}" for maps in kept]

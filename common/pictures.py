@@ -1,7 +1,7 @@
 """Drawing: heat-maps, overlays, pictures side by side with titles, histograms of scores, curves.
 
-Arrays of pixels are uint8 (H, W, 3), RGB; a canvas is a Pillow image. No function here knows what is drawn or
-where it lies: `report.py` and `pages.py` decide that.
+Arrays of pixels are uint8 (H, W, 3), RGB; a canvas is a Pillow image. No function here knows what
+is drawn or where it lies: `report.py` and `pages.py` decide that.
 """
 
 import math
@@ -18,7 +18,7 @@ LINES = (230, 159, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167)
 TITLE = 18  # height of a title in pixels
 
 
-# ---------------------------------------------------------------------------------------------- maps
+# --------------------------------------------------------------------------------------------- maps
 
 
 def share(values, low, high):
@@ -40,8 +40,8 @@ def overlay(image, values, low, high):
 
 
 def heat_picture(values, low, high, size):
-    """Map (H, W) -> picture of `size` (width, height) with a palette: 256 steps of the colours of `heat`. A third of
-    the bytes and of the time of one in RGB."""
+    """Map (H, W) -> picture of `size` (width, height): 256 steps of the colours of `heat` in a
+    palette, so that a pixel takes one byte."""
     steps = np.rint(255 * share(values, low, high)).astype(np.uint8)
     picture = Image.fromarray(steps).resize(size, Image.Resampling.BILINEAR)
     picture.putpalette(heat(np.arange(256)[None], 0, 255).tobytes())
@@ -73,7 +73,7 @@ def pixels(image):
     return image.permute(1, 2, 0).numpy()
 
 
-# -------------------------------------------------------------------------------------------- layout
+# ------------------------------------------------------------------------------------------- layout
 
 
 def in_row(arrays, gap=4):
@@ -106,7 +106,7 @@ def titled(canvas, text):
     return result
 
 
-# -------------------------------------------------------------------------------------------- graphs
+# ------------------------------------------------------------------------------------------- graphs
 
 
 def histogram(good, bad, width, height=120, bins=40, limits=None):
@@ -134,6 +134,17 @@ def histogram(good, bad, width, height=120, bins=40, limits=None):
     return canvas
 
 
+OWN_PICTURES = ("overview", "shift", "distributions", "pixels", "changed")  # in pictures/
+
+
+def file_of(cls, classes):
+    """The file name of a class's picture: CLASS.png, unless one of ours is called so."""
+    name = cls
+    while name in OWN_PICTURES or (name != cls and name in classes):
+        name += "-class"
+    return f"{name}.png"
+
+
 def distributions(path, parts):
     """PNG of the image scores of every class on one axis, side by side for several ways to score.
 
@@ -159,7 +170,8 @@ def distributions(path, parts):
 def curves(path, panels, width=360, height=240):
     """PNG of curves side by side.
 
-    panels: {title: {name: list of fractions}}, the fractions at 0, 1, 2, ...; lines that hold None are left out.
+    panels: {title: {name: list of fractions}}, the fractions at 0, 1, 2, ...; lines that hold None
+    are left out.
     """
     drawn = []
     for title, lines in panels.items():

@@ -1,10 +1,10 @@
-"""--predict: pictures that nobody labelled -> predictions.csv, heat-maps, masks, and a page to look through.
+"""--predict: pictures that nobody labelled -> predictions.csv, heat-maps, masks, predictions.html.
 
-    files -> decoded (threads) -> scored in batches (the model) -> drawn (threads) -> a row and a figure each
+    files -> decoded (threads) -> scored (batches, by the model) -> drawn (threads) -> row, figure
 
-Every step hands on one picture at a time and works only a few pictures ahead, so memory does not grow with their
-number; of a picture at its own resolution nothing is kept but a thumbnail. A picture that cannot be read costs its
-own row only.
+Every step hands on one picture at a time and works only a few pictures ahead, so memory does not
+grow with their number; of a picture at its own resolution nothing is kept but a thumbnail. A
+picture that cannot be read costs its own row only.
 """
 
 import csv
@@ -26,7 +26,7 @@ from common import UsageError, data, pages, pictures
 
 COLUMNS = ("path", "score", "ratio", "verdict")  # then the method's own, then the reason
 SHOWN = 20  # rows printed at the end
-THUMBNAIL = 160  # pixels of its longer side
+THUMBNAIL = 128  # pixels of its longer side
 
 
 @dataclass
@@ -50,17 +50,19 @@ class Prediction:
 def predict(run, args, score, normal_score, columns=None, pixel_threshold=None):
     """Score the files and folders of --predict.
 
-    Written into the run's folder: predictions.csv, one row a picture in the order of the files; predictions.html, the
-    same to look through; pictures/, heat-maps at the resolution of the files, in the folders of the input; masks/,
-    white where a map is above `pixel_threshold`. A killed run leaves the rows it had in predictions.part.csv.
+    Written into the run's folder: predictions.csv, one row a picture in the order of the files;
+    predictions.html, the same to look through; pictures/, heat-maps at the resolution of the files,
+    in the folders of the input; masks/, white where a map is above `pixel_threshold`. A killed run
+    leaves the rows it had in predictions.part.csv.
 
     Args:
-        score: (images (B, 3, S, S) uint8 on the run's device, their B samples) -> (maps (B, S, S), scores (B,)),
-            float tensors; the samples have class "" and label 0.
-        normal_score: the image score that 99 % of good images do not reach. It is the threshold, unless
-            `args.threshold` is above 0: a picture with a higher score is called defective. Column `ratio` is
-            score / threshold; empty if the threshold is not above 0.
-        columns: {name: function(sample, score) -> value}: the method's own columns, after the verdict.
+        score: (images (B, 3, S, S) uint8 on the run's device, their B samples) -> (maps (B, S, S),
+            scores (B,)), float tensors; the samples have class "" and label 0.
+        normal_score: the image score that 99 % of good images do not reach. It is the threshold,
+            unless `args.threshold` is above 0: a picture with a higher score is called defective.
+            Column `ratio` is score / threshold; empty if the threshold is not above 0.
+        columns: {name: function(sample, score) -> value}: the method's own columns, after the
+            verdict.
         pixel_threshold: of the maps' values; None: no masks.
     Raises:
         UsageError: a path of --predict does not exist, or there is no image in any.
@@ -74,14 +76,15 @@ def predict(run, args, score, normal_score, columns=None, pixel_threshold=None):
         raise UsageError(f"--predict {names}: no images found")
     columns = columns or {}
     threshold = getattr(args, "threshold", 0.0) or normal_score
-    decode = functools.partial(_decode, size=args.image_size)
+    decode = functools.partial(_decode, size=args.image_size, top=_top(run.depths))
     draw = functools.partial(_draw, out=run.out, pixel_threshold=pixel_threshold)
     ahead = 2 * args.batch_size + 8  # pictures under way in each step
     page, summary = pages.Predictions(run.out), _Summary()
     unfinished = run.out / "predictions.part.csv"
     # Bytes that are no UTF-8 in a file name are written as they are.
     text = dict(newline="", encoding="utf-8", errors="surrogateescape")
-    with ThreadPoolExecutor(_cores() + 1) as pool, open(unfinished, "w", buffering=1, **text) as file:
+    threads = ThreadPoolExecutor(_cores() + 1)
+    with threads as pool, open(unfinished, "w", buffering=1, **text) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*COLUMNS, *columns, "reason"])
         decoded = _in_threads(pool, decode, waiting, ahead)
@@ -104,15 +107,16 @@ def predict(run, args, score, normal_score, columns=None, pixel_threshold=None):
         raise SystemExit(1)
 
 
-# ---------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def _inputs(paths):
-    """A `Prediction` for every image file at and below the paths; a list in the order given, folders sorted.
+    """A `Prediction` for every image file at and below the paths, in the order given: a list.
 
-    A file that is reached twice, through a link between folders or because it is named twice, is taken once, by its
-    shorter path. The targets repeat the folders of the input. A second input of the same name becomes NAME-2; files
-    that differ only in their suffix keep it. Letters' case makes no difference, as on many file systems.
+    A file that is reached twice, through a link between folders or because it is named twice, is
+    taken once, by its shorter path. The targets repeat the folders of the input. A second input of
+    the same name becomes NAME-2; files that differ only in their suffix keep it. Letters' case
+    makes no difference, as on many file systems.
     """
     places, roots = {}, set()  # (real folder, name) -> (file, its place below pictures/)
     real_folder = functools.lru_cache(os.path.realpath)
@@ -140,7 +144,7 @@ def _inputs(paths):
 
 
 def _unused(path, taken, suffix=""):
-    """The path, or NAME-2, NAME-3, ... before the suffix if it is taken. It is taken from now on."""
+    """The path, or NAME-2, NAME-3, ... if it is taken. What is returned is taken from now on."""
     name, number, unused = path.name.removesuffix(suffix), 2, path
     while _folded(unused) in taken:
         unused = path.parent / f"{name}-{number}{suffix}"
@@ -153,7 +157,7 @@ def _folded(path):
     return str(path).casefold()
 
 
-# ---------------------------------------------------------------------------------------------- steps
+# -------------------------------------------------------------------------------------------- steps
 
 
 def _cores():
@@ -163,7 +167,7 @@ def _cores():
 
 
 def _in_threads(pool, function, items, ahead):
-    """Yield function(item) in the order of the items, while at most `ahead` further items are worked on."""
+    """Yield function(item) in the order of the items, at most `ahead` of them under way."""
     waiting = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
@@ -173,10 +177,17 @@ def _in_threads(pool, function, items, ahead):
         yield waiting.popleft().result()
 
 
-def _decode(prediction, size):
+def _top(depths):
+    """The value that becomes white in grey pictures of more than 8 bits: the training images', if it is the same for
+    all classes (that of these pictures is not known). None: each picture's own decides."""
+    tops = {top for top in depths.values() if top is not None}
+    return tops.pop() if len(tops) == 1 else None
+
+
+def _decode(prediction, size, top):
     """Read the file: what the model sees, and the thumbnail. In a thread."""
     try:
-        image = data.read_image(prediction.sample.image)  # (H, W, 3)
+        image = data.read_image(prediction.sample.image, top)  # (H, W, 3)
     except UsageError as error:
         prediction.reason = str(error)
         return prediction
@@ -205,9 +216,9 @@ def _scored(run, score, decoded, columns, threshold, batch_size):
 
 def _score_batch(run, score, batch):
     pixels = np.stack([prediction.pixels for prediction in batch])
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()  # (B, S, S, 3) -> (B, 3, S, S)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (B, S, S, 3) -> (B, 3, S, S)
     samples = [prediction.sample for prediction in batch]
-    maps, scores = score(run.to_device(images), samples)
+    maps, scores = score(run.to_device(images.contiguous()), samples)
     maps, scores = maps.float().cpu().numpy(), scores.float().cpu().numpy()
     for i, prediction in enumerate(batch):
         prediction.pixels = None
@@ -251,14 +262,14 @@ def _draw(prediction, out, pixel_threshold):
 
 
 def _save(picture, path):
-    """PNG. The lowest compression: the higher ones take many times longer and save a few per cent."""
+    """PNG. The lowest compression: the usual one takes three times as long for 7 % less."""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     picture.save(buffer, "png", compress_level=1)
     path.write_bytes(buffer.getbuffer())
 
 
-# -------------------------------------------------------------------------------------------- summary
+# ------------------------------------------------------------------------------------------ summary
 
 
 class _Summary:
@@ -299,5 +310,5 @@ class _Summary:
 
     def failures(self):
         one = self.first_failed
-        return (f"{self.failed} of {self.numbers.total()} images have no score, as column reason of "
-                f"predictions.csv says; the first: {pages.readable(one.reason)}")
+        return (f"{self.failed} of {self.numbers.total()} images have no score (column reason of "
+                f"predictions.csv); the first: {pages.readable(one.reason)}")

@@ -1,10 +1,10 @@
-"""The evaluation that all methods share, and what it leaves behind: tables, metrics.json, scores.csv, pictures.
+"""The evaluation that all methods share: tables, metrics.json, scores.csv, pictures.
 
-A script gives a function `score(images, samples) -> (maps, scores)`; everything after that is here, but for
-`prediction.py` (--predict), `pictures.py` (drawing) and `pages.py` (HTML).
+A script gives a function `score(images, samples) -> (maps, scores)`; everything after that is here,
+but for `prediction.py` (--predict), `pictures.py` (drawing) and `pages.py` (HTML).
 
-    python -m common.report RUN              RUN/run.html: misses and false alarms, the table, the pictures
-    python -m common.report RUN RUN ...      compare.html: the same images as each run sees them
+    python -m common.report RUN          RUN/run.html: misses and false alarms, table, pictures
+    python -m common.report RUN RUN ...  compare.html: the same images as each run sees them
 """
 
 import argparse
@@ -24,15 +24,15 @@ from common.pages import percent
 from common.pictures import distributions
 from common.prediction import predict
 
-__all__ = ["COLUMNS", "corruption", "distributions", "evaluate", "measure", "normal_score", "percent",
-           "predict", "shifts"]
+__all__ = ["COLUMNS", "corruption", "distributions", "evaluate", "measure", "normal_score",
+           "percent", "predict", "shifts"]
 
 COLUMNS = {"i_auroc": "I-AUROC", "i_ap": "I-AP", "i_f1max": "I-F1max", "p_auroc": "P-AUROC",
            "p_ap": "P-AP", "p_f1max": "P-F1max", "p_aupro": "P-AUPRO", "mad": "mAD"}
 COMPARED = ("i_auroc", "i_ap", "p_auroc", "p_ap")  # columns of `compare_table`
 
 
-# ------------------------------------------------------------------------------------------- one pass
+# ----------------------------------------------------------------------------------------- one pass
 
 
 @dataclass
@@ -50,34 +50,42 @@ class Batch:
     """What a batch of images was given, as numpy arrays."""
 
     first: int  # index of its first image
-    images: torch.Tensor  # (B, 3, S, S) uint8, on the run's device
     samples: list  # B of them
     maps: np.ndarray  # (B, S, S)
     scores: np.ndarray  # (B,)
+    features: np.ndarray  # (B, C), or B times None
 
 
-def measure(run, args, dataset, score, *, corrupt=None, keep=False, pooled=None):
+def measure(run, args, dataset, score, *, corrupt=None, keep=False, described=None):
     """One pass over the test images that writes nothing. Returns a `Pass`.
 
     corrupt: (name, severity) or None; keep: keep the maps; all others as in `evaluate`.
     """
     samples = dataset.test[run.rank::run.world]  # every rank scores its share
-    images = data.Images(samples, args.image_size, corrupt=corrupt, mask_rule=args.mask_rule)
+    images = _images(run, args, samples, corrupt)
     expected = len(dataset.test) * args.image_size ** 2
     accumulator = metrics.Accumulator(expected_pixels=expected)
     rows, kept = [], []
     title = "{}, severity {}".format(*corrupt) if corrupt else "evaluation"
-    for batch in _scored(run, args, images, score, title):
+    function = described if keep and described else score
+    for batch in _scored(run, args, images, function, title):
         masks = [images.mask(batch.first + i).numpy() for i in range(len(batch.samples))]
         _accumulate(accumulator, batch, masks)
         for sample, value in zip(batch.samples, batch.scores):
             rows.append((str(sample.image), sample.cls, sample.label, float(value)))
         if keep:
-            kept += _kept(batch, pooled, masks)
+            kept += _kept(batch, masks)
     rep = metrics.reduce(accumulator)
     rows = _in_order(run.gather(rows), dataset.test)
     kept = _in_order(run.gather(kept), dataset.test)
     return Pass(rep, rows, kept, vanished=sum(run.gather([images.vanished])))
+
+
+def _images(run, args, samples, corrupt=None):
+    """The pixels of samples as this run reads them, `data.Images`."""
+    return data.Images(
+        samples, args.image_size, corrupt=corrupt, mask_rule=args.mask_rule, depths=run.depths
+    )
 
 
 def _scored(run, args, images, score, title):
@@ -89,8 +97,9 @@ def _scored(run, args, images, score, title):
     for first, batch in zip(starts, run.progress(loader, title, len(starts))):
         samples = images.samples[first:first + len(batch)]
         batch = run.to_device(batch)
-        maps, scores = score(batch, samples)
-        yield Batch(first, batch, samples, _numpy(maps), _numpy(scores))
+        maps, scores, *features = score(batch, samples)
+        features = _numpy(features[0]) if features else [None] * len(samples)
+        yield Batch(first, samples, _numpy(maps), _numpy(scores), features)
 
 
 def _numpy(tensor):
@@ -98,8 +107,8 @@ def _numpy(tensor):
 
 
 def _accumulate(accumulator, batch, masks):
-    """Count a batch. A defective image without a mask (some data sets have them) counts for the image metrics only:
-    its pixels are unknown, so an empty map stands for it."""
+    """Count a batch. A defective image without a mask (some data sets have them) counts for the
+    image metrics only: its pixels are unknown, so an empty map stands for it."""
     known_maps, known_masks = [], []
     for sample, values, mask in zip(batch.samples, batch.maps, masks):
         unknown = sample.label and sample.mask is None
@@ -111,11 +120,10 @@ def _accumulate(accumulator, batch, masks):
     accumulator.update(known_maps, known_masks, batch.scores, labels, classes, names)
 
 
-def _kept(batch, pooled, *pixels):
+def _kept(batch, *pixels):
     """Rows (path, sample, score, features, map, and further pixels) of a batch."""
     paths = [str(sample.image) for sample in batch.samples]
-    features = _numpy(pooled(batch.images)) if pooled else [None] * len(paths)
-    return zip(paths, batch.samples, batch.scores, features, batch.maps, *pixels)
+    return zip(paths, batch.samples, batch.scores, batch.features, batch.maps, *pixels)
 
 
 def _in_order(rows, samples):
@@ -125,7 +133,7 @@ def _in_order(rows, samples):
 
 
 def normal_score(run, args, score, samples, images=None):
-    """The 99 % quantile of the image scores of up to 256 training images: what --predict compares with.
+    """What --predict compares with: the 99 % quantile of the scores of up to 256 training images.
 
     samples: the training images. images: their pixels, `data.Images`; None if `score` needs none.
     """
@@ -141,28 +149,33 @@ def normal_score(run, args, score, samples, images=None):
     return torch.cat(found).quantile(0.99).item()
 
 
-# ------------------------------------------------------------------------------------- the evaluation
+# ----------------------------------------------------------------------------------- the evaluation
 
 
-def evaluate(run, args, dataset, score, *, setting, seconds, paper=None, extra=None, pooled=None,
+def evaluate(run, args, dataset, score, *, setting, seconds, paper=None, extra=None, described=None,
              compare=None):
     """The evaluation of a trained model: metrics, tables, files.
 
     Args:
-        score: (images (B, 3, S, S) uint8 on the run's device, their B samples) -> (maps (B, S, S), scores (B,)),
-            float tensors; must not depend on what else is in the batch.
-        setting: {name: value}, printed above the table and kept in metrics.json (size, smoothing, image-score rule...).
+        score: (images (B, 3, S, S) uint8 on the run's device, their B samples) -> (maps (B, S, S),
+            scores (B,)), float tensors; must not depend on what else is in the batch.
+        setting: {name: value}, printed above the table and kept in metrics.json (size, smoothing,
+            image-score rule...).
         seconds: of the training.
-        paper: {"source": str, "classes": {name: {metric: fraction}}, "mean": {...}, "mixed": {...}, ...} or None.
-        extra: called after each pass over the test images; its dict joins that pass's "setting" in metrics.json.
-        pooled: (images) -> (B, C), one feature vector per image, kept beside the maps by --save-maps; or None.
-        compare: {name: report of `measure`}: what stands beside this result in a second table; or None.
+        paper: {"source": str, "classes": {name: {metric: fraction}}, "mean": {...}, "mixed": {...},
+            ...} or None.
+        extra: called after each pass over the test images; its dict joins that pass's "setting" in
+            metrics.json.
+        described: like `score`, but returns one feature vector per image as a third, (B, C); kept
+            beside the maps by --save-maps. Default: no features are kept.
+        compare: {name: report of `measure`}: what stands beside this result in a second table; or
+            None.
     Returns:
         The content of metrics.json.
     """
     began = time.monotonic()
     corrupt = corruption(args)
-    found = measure(run, args, dataset, score, corrupt=corrupt, keep=args.save_maps, pooled=pooled)
+    found = measure(run, args, dataset, score, corrupt=corrupt, keep=args.save_maps, described=described)
     setting = {**setting, **_extra(extra), "mask": f"> 0, {args.mask_rule}",
                "metrics": found.rep["engine"], **_lost_masks(dataset, found)}
     result = _result(run, args, dataset, found, setting, seconds, paper, compare)
@@ -171,7 +184,7 @@ def evaluate(run, args, dataset, score, *, setting, seconds, paper=None, extra=N
         part = {"setting": _extra(extra), **_three_views(shifted)}
         result.setdefault("shift", {})[f"{name}:{severity}"] = part
     if args.save_maps:
-        _save_maps(run, args, dataset, score, pooled, found.kept)
+        _save_maps(run, args, dataset, described or score, found.kept)
     if run.is_rank0:
         _draw_classes(run, args, dataset, found.rows, score, corrupt)
         if args.shift == "curve":
@@ -237,11 +250,12 @@ def shifts(args):
     return [(name, severity) for name in corruptions.NAMES for severity in severities]
 
 
-# --------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def table(result):
-    """The seven metrics in per cent: classes, their mean (model-unified), all in one pool (absolute-unified)."""
+    """The seven metrics in per cent: classes, their mean (model-unified), all in one pool
+    (absolute-unified)."""
     paper = result["paper"] or {}
     width = max(12, *(len(name) + 2 for name in result["classes"]))
     lines = []
@@ -260,6 +274,9 @@ def table(result):
     add("mixed", result["mixed"], paper.get("mixed"))
     setting = "  ".join(f"{name}: {_text(value)}" for name, value in result["setting"].items())
     head = " " * width + "".join(f"{name:>9}" for name in COLUMNS.values())
+    if paper:
+        lines.append(f"paper: {paper['source']}")
+        lines += [f"  {note}" for note in paper.get("notes", [])]
     return "\n".join(["", setting, "", head, *lines])
 
 
@@ -268,7 +285,8 @@ def _row(name, width, values, keys):
 
 
 def compare_table(result):
-    """Several results one below the other: means over classes (model-unified) and the pool (absolute-unified)."""
+    """Several results one below the other: means over classes (model-unified) and the pool
+    (absolute-unified)."""
     if "compare" not in result:
         return ""
     results = {**result["compare"], "this result": result}
@@ -282,9 +300,9 @@ def compare_table(result):
 
 
 def shift_table(result):
-    """A table of conditions, at severity 3: I-AUROC/P-AUROC of the clean test images, then I-AUROC/P-AUPRO of each
-    condition, class by class; what the method itself reports on each; P-AUPRO in and out of distribution, the latter
-    as the mean over the shifts."""
+    """A table of conditions, at severity 3: I-AUROC/P-AUROC of the clean test images, then
+    I-AUROC/P-AUPRO of each condition, class by class; what the method itself reports on each;
+    P-AUPRO in and out of distribution, the latter as the mean over the shifts."""
     if "shift" not in result:
         return ""
     conditions = {"clean": result}
@@ -296,18 +314,25 @@ def shift_table(result):
         return f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells)
 
     def view(name, values):  # values: of each condition
-        cells = [f"{percent(values[0]['i_auroc'])}/{percent(values[0]['p_auroc'])}"]
-        for of_condition in values:
-            cells.append(f"{percent(of_condition['i_auroc'])}/{percent(of_condition['p_aupro'])}")
+        cells = [f"{percent(values[0].get('i_auroc'))}/{percent(values[0].get('p_auroc'))}"]
+        for found in values:
+            cells.append(f"{percent(found.get('i_auroc'))}/{percent(found.get('p_aupro'))}")
         return line(name, cells)
 
     lines = ["", line("domain shift, severity 3", ["clean", *conditions])]
     lines.append(line("", ["I-/P-AUROC"] + ["I-AUROC/P-AUPRO"] * len(conditions)))
+    *papers, out_of_distribution = _paper_of_conditions(result["paper"] or {})
     for cls in result["classes"]:
         lines.append(view(cls, [condition["classes"][cls] for condition in conditions.values()]))
+        theirs = [paper.get("classes", {}).get(cls, {}) for paper in papers]
+        if any(theirs):
+            lines.append(view("  paper", theirs))
     lines.append("-" * (width + 16 * (1 + len(conditions))))
     for name in ("mean", "mixed"):
         lines.append(view(name, [condition[name] for condition in conditions.values()]))
+        theirs = [paper.get(name, {}) for paper in papers]
+        if any(theirs):
+            lines.append(view("  paper", theirs))
     for key in conditions[corruptions.NAMES[0]]["setting"]:  # what `extra` gave
         values = [condition["setting"][key] for condition in conditions.values()]
         cells = [percent(value) if isinstance(value, float) else _text(value) for value in values]
@@ -316,14 +341,24 @@ def shift_table(result):
     if None not in shifted:
         lines.append(f"P-AUPRO: in distribution {percent(clean)}, "
                      f"out of distribution {percent(np.mean(shifted))}")
+    theirs = out_of_distribution.get("mean", {}).get("p_aupro")
+    if theirs is not None:
+        lines.append(f"  paper: out of distribution {percent(theirs)}")
     return "\n".join(lines)
+
+
+def _paper_of_conditions(paper):
+    """The paper's numbers of the clean images, of each shift at severity 3, and of their mean."""
+    shifted = paper.get("shift", {})
+    names = [f"{name}:3" for name in corruptions.NAMES]
+    return [paper, *(shifted.get(name, {}) for name in names), shifted.get("ood", {})]
 
 
 def _text(value):
     return "-" if value is None else str(value)
 
 
-# ---------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def _write_csv(path, header, rows):
@@ -335,18 +370,18 @@ def _write_csv(path, header, rows):
     runtime.write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
-def _save_maps(run, args, dataset, score, pooled, kept):
-    """--save-maps: maps/CLASS.npz of the test images (`kept`), maps/train/CLASS.npz of the training images, which are
-    scored for it: what a method that works on the maps of a run needs."""
+def _save_maps(run, args, dataset, score, kept):
+    """--save-maps: maps/CLASS.npz of the test images (`kept`), and maps/train/CLASS.npz of the
+    training images, which are scored for it. A method that works on maps needs both."""
     for cls in dataset.classes:
         if run.is_rank0:
             of_class = [row for row in kept if row[1].cls == cls]
             _save_class(run.out / "maps", cls, of_class)
         # One class at a time: all maps of the training images may not fit into memory.
         samples, rows = [sample for sample in dataset.train if sample.cls == cls], []
-        images = data.Images(samples[run.rank::run.world], args.image_size)
+        images = _images(run, args, samples[run.rank::run.world])
         for batch in _scored(run, args, images, score, f"training maps, {cls}"):
-            rows += _kept(batch, pooled)
+            rows += _kept(batch)
         rows = _in_order(run.gather(rows), samples)
         if run.is_rank0:
             _save_class(run.out / "maps" / "train", cls, rows)
@@ -368,12 +403,13 @@ def _save_class(folder, cls, rows):
     runtime.write_atomic(folder / f"{cls}.npz", buffer.getbuffer())
 
 
-# ------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def _draw_classes(run, args, dataset, rows, score, corrupt):
-    """pictures/CLASS.png: input, truth, map and overlay of the images that `_chosen` names (one colour scale per
-    class), above the histogram of the class's scores; pictures/overview.png: the median defective image of each."""
+    """pictures/CLASS.png: input, truth, map and overlay of the images that `_chosen` names (one
+    colour scale per class), above the histogram of the class's scores; pictures/overview.png: the
+    median defective image of each."""
     folder = run.out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     sample_of = {str(sample.image): sample for sample in dataset.test}
@@ -382,7 +418,7 @@ def _draw_classes(run, args, dataset, rows, score, corrupt):
         good, bad = _by_score(rows, cls, 0), _by_score(rows, cls, 1)
         chosen = _chosen(good, bad)
         samples = [sample_of[row[0]] for _, row in chosen]
-        images = data.Images(samples, args.image_size, corrupt=corrupt, mask_rule=args.mask_rule)
+        images = _images(run, args, samples, corrupt)
         batch = torch.stack([images[i] for i in range(len(images))])
         maps = _numpy(score(batch.to(run.device), samples)[0])  # (len(chosen), S, S)
         low, high = maps.min(), maps.max()
@@ -400,7 +436,7 @@ def _draw_classes(run, args, dataset, rows, score, corrupt):
         good_scores, bad_scores = [row[3] for row in good], [row[3] for row in bad]
         histogram = pictures.histogram(good_scores, bad_scores, strips[0].width)
         strips.append(pictures.titled(histogram, "image scores: good (green), defective (red)"))
-        pictures.in_column(strips).save(folder / f"{cls}.png")
+        pictures.in_column(strips).save(folder / pictures.file_of(cls, dataset.classes))
     if overview:
         half = -(-len(overview) // 2)  # two columns of classes
         columns = [pictures.in_column(overview[:half])]
@@ -417,8 +453,8 @@ def _by_score(rows, cls, label):
 
 
 def _chosen(good, bad):
-    """[(what, row)]: the defective images with the highest, the median and the lowest score, the good one with the
-    highest; as far as there are any."""
+    """[(what, row)]: the defective images with the highest, the median and the lowest score, the
+    good one with the highest; as far as there are any."""
     chosen = []
     if bad:
         chosen += [("highest score", bad[-1]), ("median", bad[len(bad) // 2])]
@@ -429,7 +465,7 @@ def _chosen(good, bad):
 
 
 def _curves(result):
-    """For `pictures.curves`: mean I-AUROC and P-AUPRO against the severity, one line per corruption."""
+    """For `pictures.curves`: mean I-AUROC and P-AUPRO against the severity of each corruption."""
     panels = {}
     for key in ("i_auroc", "p_aupro"):
         lines = {}
@@ -440,12 +476,12 @@ def _curves(result):
     return panels
 
 
-# --------------------------------------------------------------------------- python -m common.report
+# -------------------------------------------------------------------------- python -m common.report
 
 
 def main(argv=None):
     """Write the page of one run, or of several side by side. Returns the exit status."""
-    parser = argparse.ArgumentParser("python -m common.report", description="A page to look through.")
+    parser = argparse.ArgumentParser("python -m common.report", description="A page of runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--out", metavar="FILE",
                         help="the page (default: RUN/run.html; of several runs: compare.html here)")

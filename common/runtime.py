@@ -2,12 +2,15 @@
 
 A script uses it in this order:
 
-    args = runtime.parse(Args, PRESETS, __doc__)      # common/options.py
-    run = runtime.start(args, "omniad")               # device, torchrun; refuses to overwrite a run
+    args = runtime.parse(Args, PRESETS, __doc__, method="omniad")     # common/options.py
+    run = runtime.start(args, "omniad")               # device, threads, torchrun; refuses to overwrite a run
     state = run.checkpoint_to_evaluate(args)          # --eval; None: a training
-    dataset, images = runtime.training_data(run, args)
+    dataset, images = runtime.training_data(run, args)                # every file looked at
     ...                                               # what may fail, fails before anything is written
-    run.open(args)                                    # output folder, args.json
+    run.open(args)                                    # output folder, of this run alone; args.json
+    ...                                               # train, or load what --eval names: score, state
+    if not dataset.test:                              # a folder of good images only
+        return runtime.set_threshold(run, args, dataset, score, state)
 
 and in its training loop
 
@@ -20,10 +23,12 @@ and in its training loop
         job.record(loss, parts)
     return job.finish()
 
-`runtime.launch(main)` ends the program: a user's mistake is one line on stderr and exit status 2.
+`runtime.launch(main)` ends the program: a user's mistake is one line on stderr and exit status 2; what
+comes after `run.open` also says what is kept.
 """
 
 import contextlib
+import csv
 import dataclasses
 import errno
 import functools
@@ -33,23 +38,29 @@ import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.reductions import reduce_tensor
+from torch.utils.data._utils.collate import collate, default_collate_fn_map
 from tqdm import tqdm
 
-from common import UsageError, data
+from common import UsageError, data, folder, options
+from common.folder import write_atomic
 from common.options import Options, default_preset, option, parse
 
-__all__ = ["Options", "default_preset", "option", "parse"]  # those of common.options, by one name
+# those of common.options and common.folder, by one name
+__all__ = ["Options", "default_preset", "option", "parse", "write_atomic"]
 
 # --------------------------------------------------------------------------------------------- run
 
@@ -64,9 +75,11 @@ class Run:
     rank: int = 0
     world: int = 1
     amp: str = "off"
+    depths: dict = field(default_factory=dict)  # grey values of each class, see `data.depths`
+    held_out: list = field(default_factory=list)  # good images for `set_threshold`, not trained on
     compile: bool = False
-    speed: dict = dataclasses.field(default_factory=dict)  # see `Training.speed`, by part
-    writing: Future | None = None  # of the checkpoint that is being written
+    speed: dict = field(default_factory=dict)  # see `Training.speed`, by part
+    writing: threading.Thread | None = None  # the last checkpoint's `Writer`
 
     @property
     def is_rank0(self):
@@ -74,8 +87,12 @@ class Run:
         return self.rank == 0
 
     def say(self, text=""):
+        """Print a line. Where nobody reads any more (`| head`), the run goes on in silence."""
         if self.is_rank0:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except BrokenPipeError:
+                options.to_nowhere(sys.stdout)
 
     def progress(self, iterable, desc, total=None, initial=0):
         """A tqdm bar on stderr, silent when stderr is no terminal, and on all ranks but the first."""
@@ -110,13 +127,16 @@ class Run:
         ready, and with a GPU they lie in pinned memory, from which it fetches them while it computes.
         """
         workers = auto_workers(self.device, dataset) if workers == "auto" else int(workers)
-        return torch.utils.data.DataLoader(
+        return Loader(
             dataset,
             batch_sampler=batches,
+            collate_fn=_collate,
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
+            worker_init_fn=_in_worker,
+            timeout=LOADER_SECONDS if workers else 0,
         )
 
     def batch_indices(self, first, steps, batch_size):
@@ -142,24 +162,14 @@ class Run:
         return result
 
     def open(self, args):
-        """Make the output folder and write args.json; --overwrite drops the files of a run before."""
+        """Take the output folder for this run alone (see `folder.take`) and write args.json."""
         if self.is_rank0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            if args.overwrite:
-                self._clear(args)
+            folder.take(self.out, args)
             if not args.resume:
-                text = json.dumps(as_dict(args), indent=1) + "\n"
-                write_atomic(self.out / "args.json", text.encode())
+                content = json.dumps({"method": self.method, **as_dict(args)}, indent=1) + "\n"
+                write_atomic(self.out / "args.json", content.encode())
         if self.world > 1:
             dist.barrier()
-
-    def _clear(self, args):
-        files = "metrics.json", "log.jsonl", "scores.csv", "predictions.csv", "checkpoint.pt"
-        for path in [self.out / name for name in files]:
-            if not (args.eval and Path(args.eval).resolve() == path.resolve()):
-                path.unlink(missing_ok=True)
-        for path in (self.out / "maps").rglob("*.npz"):  # of another model
-            path.unlink()
 
     def log(self, record):
         """Append one JSON line to log.jsonl."""
@@ -183,7 +193,7 @@ class Run:
         if not self.is_rank0:
             return
         self._wait_for_writer()
-        self.writing = WRITER.submit(_write_checkpoint, self.out / name, _copied(state))
+        self.writing = Writer(self.out / name, _copied(state))
 
     def finish_saving(self):
         """Return when the last checkpoint is on the disk. All ranks must call it."""
@@ -197,10 +207,14 @@ class Run:
             writing.result()  # raises what the thread did
 
     def checkpoint_to_evaluate(self, args):
-        """The checkpoint that --eval names; None without --eval."""
+        """The checkpoint that --eval names, a `Checkpoint`; None without --eval."""
         if not args.eval:
             return None
-        return load_checkpoint(args.eval, self.method)
+        state = load_checkpoint(args.eval, self.method)
+        if args.predict and "normal_score" not in state:
+            state["normal_score"]  # raises, and says why
+        self.depths = state.get("depths", {})
+        return state
 
     def checkpoint_to_resume(self, args):
         """With --resume, the newest checkpoint in --out; None where there is none."""
@@ -256,21 +270,39 @@ class Run:
         if not not_finite.item():
             return
         self._wait_for_writer()
-        kept = "nothing was saved"
-        if (self.out / "checkpoint.pt").is_file():
-            kept = "the checkpoint before it is kept"
         raise UsageError(
-            f"the loss became NaN or infinite by step {step}; {kept}: try a lower --lr or --amp off"
+            f"the loss became NaN or infinite by step {step}: try a lower --lr or --amp off"
         )
 
 
-WRITER = ThreadPoolExecutor(max_workers=1)  # of checkpoints; a process that ends lets it finish
+class Writer(threading.Thread):
+    """Writes one checkpoint; `result` waits for it. A process that ends waits, too."""
+
+    def __init__(self, path, state):
+        super().__init__()
+        self.path, self.state, self.error = path, state, None
+        self.start()
+
+    def run(self):
+        try:
+            buffer = io.BytesIO()
+            torch.save(self.state, buffer)
+            write_atomic(self.path, buffer.getbuffer())
+        except Exception as error:
+            self.error = error
+
+    def result(self):
+        """Returns when the file is there. Raises what went wrong."""
+        self.join()
+        if self.error is not None:
+            raise self.error
 
 
-def _write_checkpoint(path, state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomic(path, buffer.getbuffer())
+def wait_for_writers():
+    """Return when no checkpoint is being written, whether that works or not."""
+    for thread in threading.enumerate():
+        if isinstance(thread, Writer):
+            thread.join()
 
 
 def _copied(state):
@@ -284,6 +316,66 @@ def _copied(state):
     return state
 
 
+# A batch takes seconds even of huge images on a busy machine; who waits longer waits in vain.
+LOADER_SECONDS = 600
+
+
+class Loader(torch.utils.data.DataLoader):
+    """A DataLoader whose processes cannot hang for want of shared memory, and fail in one line.
+
+    PyTorch hands tensors from process to process in /dev/shm, which is tiny in containers; where it
+    is full, a batch is lost and the run waits for ever. Here they then go through the pipe.
+    """
+
+    def __iter__(self):
+        """Raises `UsageError` if a process cannot be started, dies, or is silent for too long."""
+        advice = "use fewer, or --workers 0"
+        try:
+            batches = super().__iter__()
+        except OSError as error:  # their semaphores lie in /dev/shm, too
+            raise UsageError(
+                f"--workers {self.num_workers}: its processes cannot be started ({error.strerror}; is "
+                f"/dev/shm full?); {advice}"
+            ) from None
+        try:
+            yield from batches
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader"):
+                raise
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"--workers {self.num_workers}: {reason}; {advice}") from None
+
+
+def _in_worker(_):
+    """Prepare a process of a `Loader`: Ctrl-C is the main process's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ForkingPickler.register(torch.Tensor, _reduced)
+
+
+def _collate(samples):
+    """As torch's `default_collate`, which stacks a process's tensors in shared memory, but with care."""
+    return collate(samples, collate_fn_map={**default_collate_fn_map, torch.Tensor: _stack})
+
+
+def _stack(tensors, collate_fn_map=None):
+    if _is_scarce(sum(tensor.nbytes for tensor in tensors)):
+        return torch.stack(tensors)
+    return default_collate_fn_map[torch.Tensor](tensors, collate_fn_map=collate_fn_map)
+
+
+def _reduced(tensor):
+    """How a tensor on the CPU is sent: in shared memory while there is plenty, else by value, which
+    is slower. Returns a function that makes it anew, and its arguments."""
+    if not tensor.is_shared() and _is_scarce(tensor.nbytes):
+        return torch.from_numpy, (tensor.numpy(),)
+    return reduce_tensor(tensor)
+
+
+def _is_scarce(size):
+    """Whether there is too little shared memory for a few more tensors of `size` bytes."""
+    return os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < 8 * size + 2**25
+
+
 def _step_of(line):
     try:
         return json.loads(line).get("step", 0)
@@ -292,10 +384,10 @@ def _step_of(line):
 
 
 def start(args, method):
-    """Device, process group and output folder of a run.
+    """Device, threads, process group and output folder of a run.
 
-    Refuses a folder that holds a finished run (or an interrupted one, unless --resume) without
-    --overwrite.
+    `args.threads` becomes the number that was chosen. Raises `UsageError` if the device is not there or
+    the folder cannot be had (see `folder.refuse`).
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = _device(args)
@@ -312,8 +404,59 @@ def start(args, method):
         _check_compiler()
     run = Run(method, Path(args.out), device, rank, world, amp, args.compile)
     if run.is_rank0:
-        _refuse_to_overwrite(run.out, args)
+        folder.refuse(run.out, args)
+    args.threads = str(_set_threads(args.threads, device))
     return run
+
+
+def _set_threads(threads, device):
+    """Set PyTorch's number of threads on the CPU to `threads`, a number or auto. Returns it."""
+    number = torch.get_num_threads()
+    if threads != "auto":
+        number = int(threads)
+    elif device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        number = _measured_threads(number)
+    torch.set_num_threads(number)
+    return number
+
+
+def _measured_threads(limit):
+    """How many threads to use now: all of `limit`, unless that is clearly slower than fewer.
+
+    Where other programs are running, threads wait for one another all the time, and two can take ten
+    times as long as one. Measured with a convolution, a tenth of a second for each number, twice. Says
+    so on stderr if it is fewer.
+    """
+    numbers = [limit]
+    while numbers[-1] > 1:
+        numbers.append(numbers[-1] // 2)
+    if len(numbers) == 1:
+        return limit
+    seconds = dict.fromkeys(numbers, 0.0)  # of one convolution
+    for number in numbers * 2:
+        torch.set_num_threads(number)
+        seconds[number] += _seconds_of_convolution(0.1) / 2
+    fastest = min(seconds.values())
+    number = next(number for number in numbers if seconds[number] <= 1.25 * fastest)
+    if number < limit:
+        ratio = seconds[limit] / seconds[number]
+        options.tell(
+            f"{number} of {limit} threads: with all of them a step takes {ratio:.1f} times as long, as "
+            "on a machine that is busy; --threads N decides otherwise"
+        )
+    return number
+
+
+@torch.no_grad()
+def _seconds_of_convolution(duration):
+    """Mean time of a convolution, repeated for `duration` seconds."""
+    images, weight = torch.zeros(4, 64, 32, 32), torch.zeros(64, 64, 3, 3)
+    torch.conv2d(images, weight)  # starts the threads
+    clock, times = Stopwatch(), 0
+    while clock() < duration:
+        torch.conv2d(images, weight)
+        times += 1
+    return clock() / times
 
 
 def _device(args):
@@ -351,30 +494,142 @@ def _has_bf16(device):
     return False
 
 
-def _refuse_to_overwrite(out, args):
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file; name a folder")
-    if args.overwrite or args.resume:
+def training_data(run, args):
+    """--data as (dataset, pixels of its training images); (None, None) for --predict.
+
+    Every file is looked at, and what is odd about the data is said on stderr. Where there are no test
+    images, `dataset.test` is empty and a share of the training images goes to `run.held_out`.
+
+    Raises:
+        UsageError: as `data.load` and `data.check`; options that need test images where there are none.
+    """
+    if args.predict:
+        return None, None
+    dataset = run.rank0_first(_checked_data, run, args)
+    run.say(dataset.reading)
+    if run.is_rank0:
+        for line in dataset.problems:
+            options.tell(f"problem: {line}")
+    if not dataset.test:
+        dataset.train, run.held_out = hold_out(dataset.train, args.holdout, args.seed)
+    if not args.eval:
+        run.depths = run.rank0_first(data.depths, dataset.train, run.is_rank0)
+    if data.depth_line(run.depths):
+        run.say(data.depth_line(run.depths))
+    images = data.Images(
+        dataset.train, args.image_size, memory_share=args.memory_share, depths=run.depths
+    )
+    return dataset, images
+
+
+def _checked_data(run, args):
+    dataset = data.load(
+        args.data, args.data_root or None, args.classes or None, need_test=bool(args.eval)
+    )
+    tested = {sample.cls for sample in dataset.test}
+    untested = [cls for cls in dataset.classes if cls not in tested]
+    if tested and untested:
+        raise UsageError(
+            f"--data {args.data}: class '{untested[0]}' has no test images, while others have; add "
+            "some, or leave the class out with --classes"
+        )
+    for name in ("corrupt", "shift", "save_maps"):
+        if not tested and getattr(args, name):
+            option_name = name.replace("_", "-")
+            raise UsageError(f"--{option_name} needs test images, and --data {args.data} has none")
+    data.check(dataset, progress=run.is_rank0)
+    return dataset
+
+
+def hold_out(samples, share, seed):
+    """Part the training images in two: (to train on, to set the threshold with), each in their order.
+
+    share: of every class is held out, one image at least if it has two; 0: none.
+    """
+    rng = np.random.default_rng([seed, 7])
+    chosen = set()  # numbers of samples
+    for cls in dict.fromkeys(sample.cls for sample in samples):
+        own = [i for i, sample in enumerate(samples) if sample.cls == cls]
+        count = 0
+        if share > 0:
+            count = min(len(own) - 1, max(1, round(share * len(own))))
+        chosen.update(rng.permutation(own)[:count].tolist())
+    kept = [sample for i, sample in enumerate(samples) if i not in chosen]
+    return kept, [samples[i] for i in sorted(chosen)]
+
+
+def set_threshold(run, args, dataset, score, state):
+    """The end of a training without test images: the thresholds of --predict, from good images that
+    were not trained on (`run.held_out`), scored as --predict does it.
+
+    Written are threshold.json, scores.csv (their scores) and, into checkpoint.pt, "normal_score", the
+    99 % quantile of the image scores, and "pixel_threshold", that of the maps' largest values.
+
+    Args:
+        score: (images (B, 3, S, S) uint8 on the run's device, their B samples) -> (maps (B, S, S),
+            scores (B,)).
+        state: the finished checkpoint.
+    """
+    if run.held_out and run.is_rank0:  # one process does it all, as in --predict
+        scores, peaks = _scores_of(run, args, score, run.held_out)
+        state["normal_score"] = float(np.quantile(scores, 0.99))
+        state["pixel_threshold"] = float(np.quantile(peaks, 0.99))
+        _write_scores(run.out / "scores.csv", run.held_out, scores)
+    run.save(dict(state))
+    if not run.is_rank0:
         return
-    if (out / "metrics.json").is_file():
-        state = "a finished run"
-    elif (out / "args.json").is_file():
-        state = "an interrupted run (--resume goes on with it)"
-    else:
-        return
-    raise UsageError(
-        f"--out {out} holds {state}; --overwrite replaces it, --out DIR writes elsewhere"
+    found = {
+        "method": run.method,
+        "data": args.data,
+        "problems": dataset.problems,
+        "threshold": state["normal_score"],
+        "pixel threshold": state.get("pixel_threshold"),
+        "quantile": 0.99,
+        "held out": len(run.held_out),
+        "seconds": {"train": round(state["seconds"], 1)},
+        "versions": environment(),
+        "seed": args.seed,
+        "commit": commit(),
+    }
+    write_atomic(run.out / "threshold.json", (json.dumps(found, indent=1) + "\n").encode())
+    checkpoint = run.out / "checkpoint.pt"
+    run.say(f"no test images, so no metrics; threshold {found['threshold']:.4g}: {_origin(run, args)}")
+    run.say(f"{run.out}: checkpoint.pt, threshold.json")
+    run.say(f"next: python {Path(sys.argv[0]).name} --eval {checkpoint} --predict PICTURES")
+
+
+def _origin(run, args):
+    """Where the threshold comes from."""
+    if not run.held_out:
+        return "the 99 % quantile of the scores of training images (none was held out)"
+    return (
+        "the 99 % quantile of the scores of good images that were not trained on "
+        f"({len(run.held_out)}, --holdout {args.holdout:g})"
     )
 
 
-def training_data(run, args):
-    """--data as (dataset, pixels of its training images); (None, None) for --predict."""
-    if args.predict:
-        return None, None
-    classes = [name for name in args.classes.split(",") if name]
-    dataset = run.rank0_first(data.load, args.data, args.data_root or None, classes or None)
-    images = data.Images(dataset.train, args.image_size, memory_share=args.memory_share)
-    return dataset, images
+def _scores_of(run, args, score, samples):
+    """Image scores, and the maps' largest values, of samples whose class is not told: two (N,)."""
+    images = data.Images(samples, args.image_size, depths=run.depths)
+    scores, peaks = [], []
+    for first in run.progress(range(0, len(samples), args.batch_size), "threshold"):
+        part = samples[first : first + args.batch_size]
+        batch = torch.stack([images[first + i] for i in range(len(part))])  # (B, 3, S, S)
+        unknown = [data.Sample(sample.image, None, 0, "", "", "") for sample in part]
+        maps, values = score(run.to_device(batch), unknown)
+        scores += values.float().tolist()
+        peaks += maps.float().amax((1, 2)).tolist()
+    return scores, peaks
+
+
+def _write_scores(path, samples, scores):
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("path", "class", "label", "score"))
+    for sample, value in zip(samples, scores):
+        writer.writerow((sample.image, sample.cls, sample.label, value))
+    # Bytes that are no UTF-8 in a file name are written as they are.
+    write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 # ---------------------------------------------------------------------------------- training loops
@@ -435,6 +690,7 @@ class Training:
         own = {"args", "optimizer", "step", "seconds", part}
         self.contents = {name: value for name, value in before.items() if name not in own}
         self.contents.setdefault("finished", [])
+        self.contents["depths"] = run.depths
         self.full_rates = []
         if optimizer is not None:
             self.full_rates = [group["lr"] for group in optimizer.param_groups]
@@ -789,8 +1045,22 @@ class Stopwatch:
 as_dict = dataclasses.asdict
 
 
+class Checkpoint(dict):
+    """The content of a checkpoint. What is missing in it is a line for the user, not a KeyError."""
+
+    def __init__(self, state, path):
+        super().__init__(state)
+        self.path = path
+
+    def __missing__(self, name):
+        raise UsageError(
+            f"{self.path}: its training is not finished (step {self.get('step', 0)}), so it has no "
+            f"{name}; --resume --out {Path(self.path).parent} finishes it"
+        )
+
+
 def load_checkpoint(path, method=None):
-    """Read a checkpoint (weights only: no code is run) on the CPU.
+    """Read a checkpoint (weights only: no code is run) on the CPU. Returns a `Checkpoint`.
 
     Raises:
         UsageError: missing, unreadable, not a checkpoint of `method`, or of an older layout.
@@ -813,7 +1083,7 @@ def load_checkpoint(path, method=None):
             f"{path}: written by an older version of these scripts; train again, or evaluate it "
             "with the version that its run's metrics.json names (commit)"
         )
-    return state
+    return Checkpoint(state, path)
 
 
 def load_model(model, state, path):
@@ -821,24 +1091,36 @@ def load_model(model, state, path):
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        lines = str(error).split("\n")
-        first = lines[min(1, len(lines) - 1)].strip()
-        raise UsageError(f"{path}: does not fit this model: {first[:200]}") from None
+        raise UsageError(f"{path}: {_misfit(model.state_dict(), state, error)}") from None
 
 
-def write_atomic(path, content):
-    """Bytes -> file, all or nothing: a temporary sibling is written, synced and renamed."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def _misfit(ours, theirs, error):
+    """In what the weights of a checkpoint differ from those of the model that was built."""
+    advice = "leave out the options that its run did not have"
+    for name in dict.fromkeys([*ours, *theirs]):
+        if name not in theirs:
+            return f"does not fit this model, whose {name} it lacks; {advice}"
+        if name not in ours:
+            return f"does not fit this model, which has no {name}; {advice}"
+        here, there = tuple(ours[name].shape), tuple(theirs[name].shape)
+        if here != there:
+            return f"does not fit this model: {name} is {there} in it and {here} here; {advice}"
+    return f"does not fit this model: {str(error).splitlines()[-1].strip()[:200]}"
+
+
+def check_normal_score(args, state, names):
+    """--predict: files must be scored as the training images were whose scores they are compared
+    with, with the same values of the options `names`. Raises UsageError where they changed."""
+    if not args.predict:
+        return
+    for name in names:
+        before, now = state["args"][name], getattr(args, name)
+        if before != now:
+            raise UsageError(
+                f"--predict: the checkpoint's normal score was taken with "
+                f"--{name.replace('_', '-')} {before}, so it says nothing about {now}; leave "
+                "that option out"
+            )
 
 
 def environment():
@@ -850,7 +1132,8 @@ def environment():
     for package in ("torch", "triton", "numpy", "scipy", "pillow"):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-    found["device"] = f"CPU, {torch.get_num_threads()} threads"
+    found["threads"] = torch.get_num_threads()
+    found["device"] = f"CPU, {found['threads']} threads"
     if torch.cuda.is_available():
         found["device"] = torch.cuda.get_device_name()
     return found
@@ -869,37 +1152,41 @@ def commit():
 
 
 def launch(main):
-    """Run main() and end as a command should: a user's mistake is one line on stderr, status 2."""
+    """Run main() and end as a command should: a user's mistake is one line on stderr, status 2.
+
+    If the run has taken its folder by then, the line says what is kept. Other errors keep their
+    traceback, and status 1.
+    """
     warnings.formatwarning = _one_line
+    options.any_output()
+    if signal.getsignal(signal.SIGINT) is options.interrupted_early:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        try:
+            main()
+        finally:
+            wait_for_writers()  # what is kept is looked up below
+        return
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the second one would interrupt the message
+        message, status = "interrupted", 130
+    except Exception as error:
+        message, status = _message_of(error), 2
+        if message is None:
+            if folder.kept():
+                options.tell(folder.kept())
+            raise
+    finally:
+        kept = folder.kept()
+        folder.release()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        options.flush_output()
     prefix = ""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         prefix = f"[rank {os.environ['RANK']}] "
-    try:
-        main()
-        return
-    except UsageError as error:
-        # one from inside a loader process arrives with its traceback as text: the message is its
-        # last line
-        message = str(error).strip().split("\n")[-1].removeprefix("common.UsageError: ")
-        status = 2
-    except torch.OutOfMemoryError:
-        message, status = "the GPU ran out of memory: lower --batch-size or --image-size", 2
-    except RuntimeError as error:
-        if not _lost_a_process(error):
-            raise
-        message = "another process of this run has ended; --resume goes on from the last checkpoint"
-        status = 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            raise
-        what = error.filename or "output"
-        message, status = f"{what}: {error.strerror}; nothing that was saved is lost", 2
-    except KeyboardInterrupt:
-        message, status = "interrupted; --resume goes on from the last checkpoint", 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    print(f"{prefix}{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    line = f"{prefix}{Path(sys.argv[0]).name}: {message}"
+    options.tell(f"{line}; {kept}" if kept else line)
     sys.exit(status)
 
 
@@ -909,6 +1196,24 @@ def _lost_a_process(error):
         return True
     signs = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting"
     return dist.is_initialized() and any(sign in str(error) for sign in signs)
+
+
+def _message_of(error):
+    """What to tell the user who can mend it; None if the fault is ours."""
+    if isinstance(error, UsageError):
+        # one from inside a loader process arrives with its traceback as text: the message is its
+        # last line
+        return str(error).strip().split("\n")[-1].removeprefix("common.UsageError: ")
+    if _lost_a_process(error):
+        return "another process of this run has ended"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU ran out of memory: lower --batch-size or --image-size"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return "out of memory: lower --batch-size, --image-size or --memory-share"
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+    if isinstance(error, OSError) and error.errno in numbers:
+        return f"{error.filename or 'output'}: {error.strerror}"
+    return None
 
 
 def _one_line(message, *_):

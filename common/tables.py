@@ -656,14 +656,10 @@ def printed(number):
     """The paper's (number, deviation) -> text, with the digits that the paper prints."""
     if number is None:
         return "-"
-    text, deviation = two_digits(number[0]), number[1]
-    return text if deviation is None else f"{text} ± {two_digits(deviation)}"
-
-
-def two_digits(number):
-    """97.85 -> "97.85"; 97.8 -> "97.8"."""
-    text = f"{number:.2f}"
-    return text.removesuffix("0")
+    mean, deviation = number
+    if deviation is not None:
+        return f"{mean:.2f} ± {deviation:.2f}"
+    return f"{mean:.2f}".removesuffix("0")  # 97.85 has two, 97.8 has one
 
 
 def pipes(cells, widths):

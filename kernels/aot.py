@@ -1,12 +1,13 @@
-"""What the GPU compiler makes of the kernels, without a GPU: registers, spills, shared memory, width of loads.
+"""What the GPU compiler makes of the kernels, without a GPU: registers, spills, shared memory,
+width of loads.
 
     with recording(80) as kernels:                     # 80 = A100, 90 = H100
         forward_triton(*tensors_on_the_meta_device)
     usage(kernels[0])
 
-Launches inside `recording` compile for the given card exactly as they would there (same specialisation on strides
-that are 1 or divisible by 16, same options), and launch nothing. Needs Triton on Linux; not usable in a process with
-TRITON_INTERPRET=1, where kernels are plain Python.
+Launches inside `recording` compile for the given card exactly as they would there (same
+specialisation on strides that are 1 or divisible by 16, same options), and launch nothing. Needs
+Triton on Linux; not usable in a process with TRITON_INTERPRET=1, where kernels are plain Python.
 """
 
 import contextlib
@@ -17,7 +18,8 @@ from pathlib import Path
 
 from .backend import HAS_TRITON, INTERPRET, triton
 
-SHARED_LIMIT = {80: 166912, 90: 232448}  # bytes of shared memory one program may use on A100 and H100
+# bytes of shared memory one program may use on A100 and H100
+SHARED_LIMIT = {80: 166912, 90: 232448}
 
 
 def unavailable():
@@ -31,7 +33,8 @@ def unavailable():
 
 @contextlib.contextmanager
 def recording(arch):
-    """Context: every kernel launch is compiled for sm_{arch} instead, and appended to the list this yields."""
+    """Context: every kernel launch is compiled for sm_{arch} instead, and appended to the list
+    this yields."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -53,7 +56,10 @@ def recording(arch):
     launch = JITFunction.__getitem__
 
     def compile_only(function, grid):
-        return lambda *args, **options: kernels.append(function.run(*args, grid=grid, warmup=True, **options))
+        def compile_it(*args, **options):
+            kernels.append(function.run(*args, grid=grid, warmup=True, **options))
+
+        return compile_it
 
     driver.set_active(NoDevice())
     JITFunction.__getitem__ = compile_only
@@ -62,7 +68,8 @@ def recording(arch):
     finally:
         JITFunction.__getitem__ = launch
         if hasattr(driver, "_active"):
-            driver._active = None  # looked for again at the next real launch; reset_active() would fail without a GPU
+            # looked for again at the next real launch; reset_active() would fail without a GPU
+            driver._active = None
         else:  # Triton before 3.5
             driver.reset_active()
 
@@ -70,13 +77,15 @@ def recording(arch):
 def usage(kernel):
     """What a compiled kernel needs: dict(name, registers, stack, shared, vector).
 
-    registers: per thread. stack: bytes per thread; these kernels have no arrays, so anything above 0 is registers
-    spilled to slow memory. shared: bytes per program. vector: bytes moved by the widest load from global memory.
+    registers: per thread. stack: bytes per thread; these kernels have no arrays, so anything above
+    0 is registers spilled to slow memory. shared: bytes per program. vector: bytes moved by the
+    widest load from global memory.
     """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
-        report = subprocess.run([_tool("cuobjdump"), "-res-usage", cubin], capture_output=True, text=True, check=True)
+        command = [_tool("cuobjdump"), "-res-usage", cubin]
+        report = subprocess.run(command, capture_output=True, text=True, check=True)
     loads = re.findall(r"(?:ld\.global|cp\.async\.c[ag]\.shared\.global)[^;]*;", kernel.asm["ptx"])
     return dict(
         name=kernel.metadata.name,

@@ -1,9 +1,10 @@
 """Which implementation runs: the Triton kernel or plain PyTorch, and the guarded import of Triton.
 
-Triton exists on Linux only. Elsewhere `triton` is None here, the kernels are never compiled, and the
-plain PyTorch path does all the work. Where it exists it can still fail (no C compiler, an old driver,
-a card without bf16), so before "auto" uses a kernel it runs a tiny example on this card, once per
-operation, dtype and process; if that fails, one line on stderr says so, and PyTorch does the work.
+Triton exists on Linux only. Elsewhere `triton` is None here, the kernels are never compiled, and
+the plain PyTorch path does all the work. Where it exists it can still fail (no C compiler, an old
+driver, a card without bf16), so before "auto" uses a kernel it runs a tiny example on this card,
+once per operation, dtype and process; if that fails, one line on stderr says so, and PyTorch does
+the work.
 """
 
 import functools
@@ -27,11 +28,14 @@ except ImportError:  # macOS, Windows, or a Linux without the package
         def jit(function=None, **options):
             return function or (lambda function: function)
 
-    HAS_TRITON = False
+    HAS_TRITON, INTERLEAVE = False, None
 else:
     HAS_TRITON = True
+    # before 3.4 the compiler cannot transpose what `tl.interleave` makes
+    INTERLEAVE = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4))
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides when it reads a kernel, so do we
+# Triton decides when it reads a kernel, so do we
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ("auto", "triton", "torch")
 RESULTS = Path(__file__).parent / "results"  # what `python -m kernels.check` found, a file per card
 _default = "auto"
@@ -41,8 +45,8 @@ _trials = {}  # operation -> function (device, dtype) that raises if the kernel 
 def set_backend(name):
     """What `backend="auto"` means in this process from now on (the scripts' `--kernels` option).
 
-    name: "auto" (Triton for CUDA tensors where it works and is not slower, plain PyTorch otherwise),
-    "triton" or "torch". Raises ValueError for any other name.
+    name: "auto" (Triton for CUDA tensors where it works and is not slower, plain PyTorch
+    otherwise), "triton" or "torch". Raises ValueError for any other name.
     """
     global _default
     if name not in BACKENDS:
@@ -53,10 +57,10 @@ def set_backend(name):
 def use_triton(backend, operation, tensor, unsupported=None, shape=""):
     """True if `operation` on `tensor` shall run the Triton kernel, False for plain PyTorch.
 
-    unsupported: what the kernel cannot do with these arguments, or None; then "auto" takes PyTorch.
-    shape: names the sizes; "auto" takes PyTorch for those where `kernels.check` saw the kernel lose.
-    Raises ValueError for an unknown backend or if Triton was asked for and the kernel cannot do it, and
-    RuntimeError if Triton was asked for and cannot run here.
+    unsupported: what the kernel cannot do with these arguments, or None; then "auto" takes
+    PyTorch. shape: names the sizes; "auto" takes PyTorch for those where `kernels.check` saw the
+    kernel lose. Raises ValueError for an unknown backend or if Triton was asked for and the kernel
+    cannot do it, and RuntimeError if Triton was asked for and cannot run here.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r}: choose one of {', '.join(BACKENDS)}")
@@ -68,7 +72,7 @@ def use_triton(backend, operation, tensor, unsupported=None, shape=""):
         if not HAS_TRITON or unsupported or not on_gpu(tensor):
             return False
         row = f"{operation} {shape} {dtype_name(tensor.dtype)}"
-        return works(operation, tensor.device, tensor.dtype) and row not in lost(tensor.device)
+        return works(operation, tensor.device, tensor.dtype) and not lost(row, tensor.device)
     if not HAS_TRITON:
         raise RuntimeError(
             'backend "triton" needs the triton package (Linux only); use "auto" or "torch"'
@@ -98,8 +102,8 @@ def dtype_name(dtype):
 
 
 def trial(operation):
-    """Decorator of a function (device, dtype) that tries an operation's kernels, forward and backward,
-    on a tiny example, and raises if they fail or compute something wrong."""
+    """Decorator of a function (device, dtype) that tries an operation's kernels, forward and
+    backward, on a tiny example, and raises if they fail or compute something wrong."""
 
     def register(function):
         _trials[operation] = function
@@ -109,16 +113,23 @@ def trial(operation):
 
 
 def trial_tensors(shapes, device, dtype):
-    """Normal numbers, always the same, whose gradients can be taken; the global generator is not touched."""
+    """Normal numbers, always the same, whose gradients can be taken; the global generator is not
+    touched."""
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
     return [x.to(device, dtype).requires_grad_() for x in tensors]
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks once, and does not look inside
-@functools.lru_cache(maxsize=None)
 def works(operation, device, dtype):
-    """True if the operation's kernels pass their trial; if not, one line on stderr, the first time."""
+    """True if the operation's kernels pass their trial on this device, which is run once."""
+    return _works(operation, device, dtype)
+
+
+@functools.lru_cache(maxsize=None)
+def _works(operation, device, dtype):
+    """True if the operation's kernels pass their trial; if not, one line on stderr, the first
+    time."""
     try:
         with torch.inference_mode(False), torch.enable_grad(), no_autocast(device):
             _trials[operation](device, dtype)
@@ -154,9 +165,15 @@ def compare(ours, expected, dtype):
 
 
 @torch.compiler.assume_constant_result
+def lost(row, device):
+    """True if PyTorch is faster in this row on this device; the file is read once."""
+    return row in _lost(device)
+
+
 @functools.lru_cache(maxsize=None)
-def lost(device):
-    """The rows, "operation shape dtype", for which `kernels.check` on such a card saw PyTorch win."""
+def _lost(device):
+    """The rows, "operation shape dtype", for which `kernels.check` on such a card saw PyTorch
+    win."""
     if device.type != "cuda":
         return frozenset()
     file = results_file(torch.cuda.get_device_name(device))
@@ -198,19 +215,19 @@ def autocast(*tensors):
 _library = torch.library.Library("anomaly_kernels", "DEF")
 
 
-def opaque(shapes):
+def opaque(schema, shapes):
     """Decorator: for torch.compile the function is one operation, which it does not look into.
 
-    shapes: function of the same arguments that returns empty tensors like the results. A kernel's
-    launch reads addresses and strides, which do not exist while torch.compile traces. The function's
-    annotations are its schema; it must not change its arguments, nor return them. Outside
-    torch.compile it is called directly, since going through PyTorch's dispatcher takes as long as
-    launching a kernel.
+    schema: its arguments and results, as `torch.library` writes them; it must not change its
+    arguments, nor return them. shapes: function of the same arguments that returns empty tensors
+    like the results. A kernel's launch reads addresses and strides, which do not exist while
+    torch.compile traces. Outside torch.compile the function is called directly, since going through
+    PyTorch's dispatcher takes as long as launching a kernel.
     """
 
     def decorate(function):
         name = function.__name__
-        _library.define(name + torch.library.infer_schema(function, mutates_args=()))
+        _library.define(name + schema)
         _library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"anomaly_kernels::{name}", shapes, lib=_library)
         operation = getattr(torch.ops.anomaly_kernels, name)

@@ -1,34 +1,33 @@
 """Cosine distance between teacher and student features, as an anomaly map and as a training loss.
 
-    ts = sum_c t_c s_c    tt = sum_c t_c^2    ss = sum_c s_c^2     three moments per location and scale
+    ts = sum_c t_c s_c    tt = sum_c t_c^2    ss = sum_c s_c^2     three moments per location
     d  = 1 - ts / (max(sqrt(tt), eps) max(sqrt(ss), eps))          distance per location and scale
     A(y, x) = sum over scales of bilinear(d)(y, x)                 anomaly map (or their mean)
     L = sum over scales of the mean of d                           loss
 
-The features are large, everything after them is small, so the work has two steps (who reads what, for
-one image):
+The features are large, everything after them is small, so the work has two steps (who reads what,
+for one image):
 
-    teacher (C, h, w) --+  step 1, per scale: a program per            step 2, all scales at once: map
-                        |  block of locations walks down the  moments  pixels sample four cells of each
-    student (C, h, w) --+  channels with three running sums    ----->  scale; or: one loss
+    teacher (C, h, w) --+  step 1, per scale: a program per           step 2, all scales at once:
+                        |  block of locations walks down the moments  map pixels sample four cells
+    student (C, h, w) --+  channels with three running sums   ----->  of each scale; or: one loss
 
 Bytes that must move for B images, features of e bytes each: 2 e B sum(C h w) read in step 1, 12 B
 sum(h w) written there and read in step 2 (from cache), 4 B H W written. Backward of the loss: the
-features read once more, e B sum(C h w) written. Plain `F.cosine_similarity` + `F.interpolate` reads
-and writes normalised copies and products of all features, and a full-resolution map per scale: about
-five times as much. At the sizes of reverse distillation (256 x 64^2, 512 x 32^2, 1024 x 16^2, 256^2
-out, fp32) that is 14.7 MB read and 0.33 MB written per image.
+features read once more, e B sum(C h w) written. Plain `F.cosine_similarity` + `F.interpolate`
+reads and writes normalised copies and products of all features, and a full-resolution map per
+scale: about five times as much. At the sizes of reverse distillation (256 x 64^2, 512 x 32^2, 1024
+x 16^2, 256^2 out, fp32) that is 14.7 MB read and 0.33 MB written per image.
 
 Read in this order: `cosine_map_formula`, `cosine_loss_formula`, `moments_torch`, `_moments_kernel`,
 `_moments_grad_kernel`, `_sample_kernel`, `_loss_kernel`. kernels/README.md is the guided tour;
-`python -m kernels.bench` measures against the bytes above.
+`python -m kernels.bench` predicts bytes, `python -m kernels.check` measures.
 """
 
 import functools
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backend import compare, cores, opaque, tl, trial, trial_tensors, triton, use_triton
@@ -40,19 +39,20 @@ REDUCE = ("sum", "mean")
 
 @torch.no_grad()
 def cosine_map(teachers, students, size, reduce="sum", *, backend="auto"):
-    """Anomaly map: per scale 1 - cos(teacher, student) along the channels, resized, reduced over scales.
+    """Anomaly map: per scale 1 - cos(teacher, student) along the channels, resized, reduced over
+    scales.
 
-    teachers  list of (B, C, h, w) feature maps, one per scale, each scale with its own C, h, w; floating
-              dtype, which may differ from map to map.
+    teachers  list of (B, C, h, w) feature maps, one per scale, each scale with its own C, h, w;
+              floating dtype, which may differ from map to map.
     students  list of maps of the same shapes.
     size      (H, W) of the map, or one int for both. Bilinear, corners aligned.
     reduce    over the scales: "sum" (reverse distillation) or "mean".
-    backend   "auto" (Triton on CUDA tensors where it works, plain PyTorch elsewhere; see `set_backend`),
-              "triton" or "torch".
+    backend   "auto" (Triton on CUDA tensors where it works, plain PyTorch elsewhere; see
+              `set_backend`), "triton" or "torch".
 
-    Returns the map (B, H, W), each scale's share in [0, 2]; float32 (float64 for float64 features); it
-    carries no gradient, which `cosine_loss` does. Raises ValueError for shapes or options that do not
-    fit, RuntimeError for Triton where it cannot run.
+    Returns the map (B, H, W), each scale's share in [0, 2]; float32 (float64 for float64
+    features); it carries no gradient, which `cosine_loss` does. Raises ValueError for shapes or
+    options that do not fit, RuntimeError for Triton where it cannot run.
     """
     grids = _check(teachers, students)
     height, width = _size(size)
@@ -66,11 +66,12 @@ def cosine_map(teachers, students, size, reduce="sum", *, backend="auto"):
 def cosine_loss(teachers, students, flat=True, *, backend="auto"):
     """Reverse distillation's loss, 1 - cos(teacher, student), summed over the scales; a scalar.
 
-    flat=True compares each image's whole feature map as one vector of C*h*w numbers and averages over
-    the images (what RD4AD's code does); flat=False compares each location's C channels and averages
-    over locations and images (what the papers' formulas say). Gradients flow to the students; teachers
-    are constants. A vector shorter than 1e-8 (a dead ReLU's zeros) has no direction: its gradient is
-    zero. Arguments and errors as for `cosine_map`; float32 (float64 for float64 features).
+    flat=True compares each image's whole feature map as one vector of C*h*w numbers and averages
+    over the images (what RD4AD's code does); flat=False compares each location's C channels and
+    averages over locations and images (what the papers' formulas say). Gradients flow to the
+    students; teachers are constants. A vector shorter than 1e-8 (a dead ReLU's zeros) has no
+    direction: its gradient is zero. Arguments and errors as for `cosine_map`; float32 (float64 for
+    float64 features).
     """
     grids = _check(teachers, students)
     if _use_triton(backend, teachers, students):
@@ -85,10 +86,12 @@ def cosine_loss(teachers, students, flat=True, *, backend="auto"):
 
 
 def _check(teachers, students):
-    """Raise ValueError, in one line that says what is wrong, unless the maps fit; return [(h, w), ...]."""
+    """Raise ValueError, in one line that says what is wrong, unless the maps fit; return [(h, w),
+    ...]."""
     if len(teachers) != len(students) or not students:
         raise ValueError(
-            f"cosine distance: {len(teachers)} teacher and {len(students)} student maps: as many of each"
+            f"cosine distance: {len(teachers)} teacher and {len(students)} student maps: "
+            "as many of each"
         )
     batch, device = students[0].shape[0], students[0].device
     for i, (t, s) in enumerate(zip(teachers, students)):
@@ -204,8 +207,8 @@ class _Moments(torch.autograd.Function):
 def moments_torch(teacher, student, out):
     """Write t.s, t.t and s.s of (B, C, h, w) maps, summed over the channels, to out (3, B, h*w).
 
-    One image at a time, so that the products never leave the processor's cache: several times faster on
-    CPUs than the same three lines on the whole batch.
+    One image at a time, so that the products never leave the processor's cache: several times
+    faster on CPUs than the same three lines on the whole batch.
     """
     for i, (t, s) in enumerate(zip(teacher.detach(), student.detach())):  # (C, h, w)
         t, s = t.to(out.dtype), s.to(out.dtype)
@@ -248,9 +251,9 @@ def sample_torch(moments, grids, size, reduce):
 # --------------------------------------------------------------------------------------------------
 # Step 1 as kernels: moments, the only step that touches the features.
 #
-# Names: c counts channels, p locations of one scale in row-major order, P = h * w; *_b, *_c, *_h, *_w
-# are strides over images, channels, rows, columns, so that NCHW and channels-last maps are read where
-# they lie.
+# Names: c counts channels, p locations of one scale in row-major order, P = h * w; *_b, *_c, *_h,
+# *_w are strides over images, channels, rows, columns, so that NCHW and channels-last maps are
+# read where they lie.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -366,7 +369,8 @@ def _sample_kernel(
     S, H, W,
     MEAN: tl.constexpr, EPS2: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Program (image, block of map pixels): sample every scale and add; no single scale is stored."""
+    """Program (image, block of map pixels): sample every scale and add; no single scale is
+    stored."""
     b = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < H * W
@@ -391,9 +395,9 @@ def _loss_kernel(
 ):
     """Program (image): the distances of every scale, added up, and what the gradient needs of them.
 
-    d = 1 - ts / sqrt(tt ss) has the derivatives -1 / sqrt(tt ss) by ts and ts / (2 ss sqrt(tt ss)) by
-    ss; the student's gradient of ts is t, that of ss is 2 s. SHARED: the whole map is one long vector,
-    whose three moments are sums over its locations.
+    d = 1 - ts / sqrt(tt ss) has the derivatives -1 / sqrt(tt ss) by ts and ts / (2 ss sqrt(tt ss))
+    by ss; the student's gradient of ts is t, that of ss is 2 s. SHARED: the whole map is one long
+    vector, whose three moments are sums over its locations.
     """
     b = tl.program_id(0).to(tl.int64)
     moments += b * m_b
@@ -455,7 +459,8 @@ def _tile(x):
 
 @functools.lru_cache(maxsize=16)
 def _grid_table(grids, device):
-    """(S, 3) int32 on the device: first location, h, w of each scale; cached: a copy makes the GPU wait."""
+    """(S, 3) int32 on the device: first location, h, w of each scale; cached: a copy makes the GPU
+    wait."""
     rows, first = [], 0
     for h, w in grids:
         rows.append((first, h, w))
@@ -487,10 +492,11 @@ def _map_shapes(teachers, students, height, width, mean):
     return students[0].new_empty((B, height, width), dtype=torch.float32)
 
 
-@opaque(_map_shapes)
-def map_triton(
-    teachers: list[Tensor], students: list[Tensor], height: int, width: int, mean: bool
-) -> Tensor:
+@opaque(
+    "(Tensor[] teachers, Tensor[] students, int height, int width, bool mean) -> Tensor",
+    _map_shapes,
+)
+def map_triton(teachers, students, height, width, mean):
     """The map (B, height, width) by the Triton kernels."""
     B, device = students[0].shape[0], students[0].device
     grids = _grids(students)
@@ -511,10 +517,8 @@ def _loss_shapes(teachers, students, flat):
     return loss, students[0].new_empty((2, B, cells), dtype=torch.float32)
 
 
-@opaque(_loss_shapes)
-def loss_triton(
-    teachers: list[Tensor], students: list[Tensor], flat: bool
-) -> tuple[Tensor, Tensor]:
+@opaque("(Tensor[] teachers, Tensor[] students, bool flat) -> (Tensor, Tensor)", _loss_shapes)
+def loss_triton(teachers, students, flat):
     """The loss, and the factors (2, B, L) of teacher and student in the student's gradient."""
     B, device = students[0].shape[0], students[0].device
     grids = _grids(students)
@@ -533,10 +537,11 @@ def _loss_grad_shapes(teachers, students, factors, upstream):
     return [torch.empty_like(s) for s in students]
 
 
-@opaque(_loss_grad_shapes)
-def loss_grad_triton(
-    teachers: list[Tensor], students: list[Tensor], factors: Tensor, upstream: Tensor
-) -> list[Tensor]:
+@opaque(
+    "(Tensor[] teachers, Tensor[] students, Tensor factors, Tensor upstream) -> Tensor[]",
+    _loss_grad_shapes,
+)
+def loss_grad_triton(teachers, students, factors, upstream):
     """Gradients of the students (B, C, h, w), from that of the loss."""
     gradients = []
     cells = [h * w for h, w in _grids(students)]
@@ -556,7 +561,8 @@ def loss_grad_triton(
 
 
 class _CosineLoss(torch.autograd.Function):
-    """(flat, S, *teachers, *students) -> the loss. All that backward needs is two numbers a location."""
+    """(flat, S, *teachers, *students) -> the loss. All that backward needs is two numbers a
+    location."""
 
     @staticmethod
     def forward(ctx, flat, n_scales, *features):
@@ -576,7 +582,8 @@ class _CosineLoss(torch.autograd.Function):
 
 @trial("cosine")
 def _trial(device, dtype):
-    """A map and a loss with its gradient against the PyTorch path, on two scales of 15 and 6 cells."""
+    """A map and a loss with its gradient against the PyTorch path, on two scales of 15 and 6
+    cells."""
     shapes = [(2, 20, 5, 3), (2, 3, 2, 3)]
     t1, t2, s1, s2 = trial_tensors(shapes + shapes, device, dtype)
     teachers, students = [t1, t2], [s1, s2]

@@ -4,10 +4,10 @@
     P = softmax(S)           each row sums to 1; keys inside the window count as S = -inf
     O = dropout(P) V         (N, D)
 
-The four methods use it with one side short: ROADS's class prompts (10 tokens) and Omni-AD's learnable
-tokens (64) read a feature map (up to 64 x 64 tokens) and are read by it; OneNIP's prompt and target are
-196 tokens each. So there are two regimes, and the matrix P exists in neither (who reads what, for one
-image and head):
+The four methods use it with one side short: ROADS's class prompts (10 tokens) and Omni-AD's
+learnable tokens (64) read a feature map (up to 64 x 64 tokens) and are read by it; OneNIP's prompt
+and target are 196 tokens each. So there are two regimes, and the matrix P exists in neither (who
+reads what, for one image and head):
 
     few keys: they fit into one block           many keys
 
@@ -15,28 +15,28 @@ image and head):
              +------+                                  +------+------+------+
       Q  0   | P 0  |  -> O rows 0                  Q  | P 0  | P 1  | P 2  |   -> O, in three sums
              +------+                                  +------+------+------+
-      Q  1   | P 1  |  -> O rows 1                  program 0   1      2     then one kernel merges them
+      Q  1   | P 1  |  -> O rows 1                  program 0   1      2   then a kernel merges them
              +------+
-      one program per block of queries;             one program per range of keys walks over its blocks
+      one program per block of queries;             one program per range of keys walks over it
       one softmax, no rescaling                     with the online softmax; few images: more ranges
 
-`TILES` says how many tokens fit into one block: 64 for heads of width up to 64 in half precision and up
-to 16 in fp32, so that Omni-AD's 64 tokens are few keys in half precision and, in the two larger of its
-four stages, in fp32; elsewhere 32, where ROADS's 10 are.
+`TILES` says how many tokens fit into one block: 64 for heads of width up to 64 in half precision
+and up to 16 in fp32, so that Omni-AD's 64 tokens are few keys in half precision and, in the two
+larger of its four stages, in fp32; elsewhere 32, where ROADS's 10 are.
 
 The backward pass mirrors this: it recomputes P from each row's saved largest score and sum, and
-whichever side is short stays on chip and collects its gradient while the long side streams by once. If
-both are long, each has a kernel of its own.
+whichever side is short stays on chip and collects its gradient while the long side streams by
+once. If both are long, each has a kernel of its own.
 
 Everything below is written per (image, head); a batch of 1 (tokens shared by all images) has batch
 stride 0 and costs no copy. Read in this order: `attention_formula`, `_few_keys_kernel`,
 `_many_keys_kernel`, `_merge_kernel`, `_grad_keys_kernel`, `_grad_queries_kernel`, and how they are
 launched. kernels/README.md is the guided tour.
 
-What to expect: the bytes that must move are few, and only ROADS, with 10 tokens on one side, is bound by
-them. Omni-AD and OneNIP do more exponentials, instructions and (with dropout) random numbers than bytes,
-and all of it lasts about as long as a few launches. `python -m kernels.bench` predicts the bytes, and
-measures on a GPU.
+What to expect: the bytes that must move are few, and only ROADS, with 10 tokens on one side, is
+bound by them. Omni-AD and OneNIP do more exponentials, instructions and (with dropout) random
+numbers than bytes, and all of it lasts about as long as a few launches. `python -m kernels.bench`
+predicts the bytes, `python -m kernels.check` measures on a GPU.
 """
 
 import functools
@@ -44,51 +44,55 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backend import INTERPRET, autocast, compare, cores, opaque, tl, trial, trial_tensors, triton, use_triton
+from .backend import (
+    INTERLEAVE, INTERPRET, autocast, compare, cores, opaque, tl, trial, trial_tensors, triton,
+    use_triton,
+)
 
-LOG2E = 1.4426950408889634  # the kernels use exp2, the GPU's native function, on scores times log2(e)
+LOG2E = 1.4426950408889634  # the kernels use exp2, the GPU's native function
 # (is it fp32, BLOCK_D) -> (most queries or keys in one block, warps), such that no register spills
 TILES = {
     (False, 16): (64, 4), (False, 32): (64, 4), (False, 64): (64, 8), (False, 128): (32, 4),
-    (True, 16): (64, 8), (True, 32): (32, 4), (True, 64): (32, 4), (True, 128): (32, 8),
+    (True, 16): (64, 8), (True, 32): (32, 4), (True, 64): (32, 8), (True, 128): (16, 8),
 }
-PROGRAMS_PER_CORE = 4  # split a long side until every core of the card has about this many programs,
+PROGRAMS_PER_CORE = 4  # split a long side until each core of the card has so many programs,
 BLOCKS_PER_SPLIT = 4  # but leave each of them at least this many blocks to walk over
 
 
 def cross_attention(
     q, k, v, *, scale=None, window=None, dropout_p=0.0, seed=None, backend="auto"
 ):
-    """Multi-head scaled dot-product attention, softmax(scale * q k^T) v, differentiable in q, k and v.
+    """Multi-head scaled dot-product attention, softmax(scale * q k^T) v, differentiable in q, k
+    and v.
 
-    q          (B or 1, H, N, D), k and v (B or 1, H, M, D), all of one floating dtype. A batch of 1 is
-               shared by all B images (learned tokens). Views are welcome:
+    q          (B or 1, H, N, D), k and v (B or 1, H, M, D), all of one floating dtype. A batch of
+               1 is shared by all B images (learned tokens). Views are welcome:
                `.unflatten(-1, (H, D)).transpose(1, 2)` splits the heads.
     scale      default 1 / sqrt(D).
-    window     (height, width, radius): queries and keys are the cells of one height x width grid in
-               row-major order, and a query may NOT attend to the keys within `radius` rows and `radius`
-               columns of itself (the neighbour mask of UniAD and OneNIP; theirs of size n is radius
-               n // 2). A query whose every key is forbidden yields zeros.
+    window     (height, width, radius): queries and keys are the cells of one height x width grid
+               in row-major order, and a query may NOT attend to the keys within `radius` rows and
+               `radius` columns of itself (the neighbour mask of UniAD and OneNIP; theirs of size n
+               is radius n // 2). A query whose every key is forbidden yields zeros.
     dropout_p  each attention weight is zeroed with this probability, the others are scaled by
                1 / (1 - dropout_p). Pass 0.0 at test time: there is no training flag here.
-    seed       an int, what the dropout mask is drawn from. Default: one draw from PyTorch's global CPU
-               generator, so that `torch.manual_seed` governs it.
+    seed       an int, what the dropout mask is drawn from. Default: one draw from PyTorch's global
+               CPU generator, so that `torch.manual_seed` governs it.
     backend    "auto" (Triton on CUDA tensors where it works, plain PyTorch elsewhere; see
                `set_backend`), "triton" or "torch".
 
     Returns (B, H, N, D) in the inputs' dtype. Under autocast the inputs are cast first, as by
-    `torch.matmul`. Raises ValueError for shapes, dtypes or options that do not fit, RuntimeError for
-    Triton where it cannot run.
+    `torch.matmul`. Raises ValueError for shapes, dtypes or options that do not fit, RuntimeError
+    for Triton where it cannot run.
     """
     q, k, v = autocast(q, k, v)
     _check(q, k, v, scale, window, dropout_p)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     window = [] if window is None else list(window)
     seed = _seed(seed, dropout_p)
-    shape = "x".join(map(str, (*q.shape[1:3], *k.shape[2:])))  # HxNxMxD, as `kernels.check` names it
+    # HxNxMxD, as `kernels.check` names it
+    shape = "x".join(map(str, (*q.shape[1:3], *k.shape[2:])))
     if use_triton(backend, "cross_attention", q, _unsupported(q, k), shape):
         # torch.compile wants an autograd.Function's arguments to differ from each other
         q = q.view_as(q) if q is k or q is v else q
@@ -98,14 +102,16 @@ def cross_attention(
 
 
 def _seed(seed, dropout_p):
-    """The seed as a tensor, which torch.compile can pass along as it cannot a drawn int; int64, ()."""
+    """The seed as a tensor, which torch.compile can pass along as it cannot a drawn int; int64,
+    ()."""
     if seed is not None:
         return torch.tensor(seed)
     return torch.randint(2**31 - 1, ()) if dropout_p > 0 else torch.tensor(0)
 
 
 def _check(q, k, v, scale, window, dropout_p):
-    """Raise ValueError, in one line that says what is wrong, unless the arguments fit each other."""
+    """Raise ValueError, in one line that says what is wrong, unless the arguments fit each
+    other."""
     shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     same_heads = q.ndim == k.ndim == 4 and q.shape[1::2] == k.shape[1::2]
     if not same_heads or k.shape != v.shape:
@@ -114,7 +120,8 @@ def _check(q, k, v, scale, window, dropout_p):
         )
     if q.shape[0] != k.shape[0] and 1 not in (q.shape[0], k.shape[0]):
         raise ValueError(
-            f"cross_attention: batch {q.shape[0]} of q and {k.shape[0]} of k, v: equal, or one of them 1"
+            f"cross_attention: batch {q.shape[0]} of q and {k.shape[0]} of k, v: "
+            "equal, or one of them 1"
         )
     if q.numel() == 0 or k.numel() == 0:
         raise ValueError(f"cross_attention: nothing to attend to, {shapes}")
@@ -134,8 +141,9 @@ def _check(q, k, v, scale, window, dropout_p):
         height, width, radius = window
         if not q.shape[2] == k.shape[2] == height * width or radius < 0:
             raise ValueError(
-                f"cross_attention: window {tuple(window)} (height, width, radius) needs radius >= 0 "
-                f"and {height * width} queries and keys, got {q.shape[2]} and {k.shape[2]}"
+                f"cross_attention: window {tuple(window)} (height, width, radius) needs "
+                f"radius >= 0 and {height * width} queries and keys, "
+                f"got {q.shape[2]} and {k.shape[2]}"
             )
 
 
@@ -145,9 +153,11 @@ def _check(q, k, v, scale, window, dropout_p):
 
 
 def attention_formula(q, k, v, scale, forbidden=None):
-    """The definition of attention, in five lines. q (B, H, N, D), k and v (B, H, M, D) -> (B, H, N, D).
+    """The definition of attention, in five lines. q (B, H, N, D), k and v (B, H, M, D) -> (B, H,
+    N, D).
 
-    forbidden: (N, M) bool, True where a query may not attend to a key; a query without any key yields zeros.
+    forbidden: (N, M) bool, True where a query may not attend to a key; a query without any key
+    yields zeros.
     """
     scores = scale * q @ k.transpose(-2, -1)  # (B, H, N, M)
     if forbidden is not None:
@@ -157,8 +167,8 @@ def attention_formula(q, k, v, scale, forbidden=None):
 
 
 def neighbours(height, width, radius):
-    """The neighbour mask of UniAD and OneNIP: (N, N) bool, True where two cells of a height x width grid are at most
-    `radius` rows and `radius` columns apart."""
+    """The neighbour mask of UniAD and OneNIP: (N, N) bool, True where two cells of a height x
+    width grid are at most `radius` rows and `radius` columns apart."""
     cell = torch.arange(height * width)
     row, column = cell // width, cell % width
     rows_apart = (row[:, None] - row).abs()  # (N, N)
@@ -199,10 +209,11 @@ def cross_attention_torch(q, k, v, scale, window, dropout_p, seed):
 
 @functools.lru_cache(maxsize=16)
 def _window_bias(height, width, radius, dtype, device):
-    """The neighbour mask as a matrix to add to the scores: (N, N), -inf where attention is forbidden, else 0.
+    """The neighbour mask as a matrix to add to the scores: (N, N), -inf where attention is
+    forbidden, else 0.
 
-    Also the rows without any key left, (N, 1) bool, or None if there are none: their softmax would be 0 / 0, so
-    their biases are 0 here and their output is set to 0 afterwards.
+    Also the rows without any key left, (N, 1) bool, or None if there are none: their softmax would
+    be 0 / 0, so their biases are 0 here and their output is set to 0 afterwards.
     """
     with torch.inference_mode(False):  # cached: what a test run made must serve a training run too
         forbidden = neighbours(height, width, radius).to(device)  # (N, N)
@@ -218,12 +229,13 @@ def _keep_shapes(weights, dropout_p, seed):
     return torch.empty_like(weights, dtype=torch.bool, memory_format=torch.contiguous_format)
 
 
-@opaque(_keep_shapes)
-def _dropout_keep(weights: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+@opaque("(Tensor weights, float dropout_p, Tensor seed) -> Tensor", _keep_shapes)
+def _dropout_keep(weights, dropout_p, seed):
     """True where an attention weight survives dropout, drawn from `seed`; (B, H, N, M) bool.
 
-    `F.dropout` draws one random number per weight, which on CPUs takes longer than the attention itself.
-    Here one 64-bit draw decides about four weights, 16 bits each (so dropout_p is rounded to 1 / 65536).
+    `F.dropout` draws one random number per weight, which on CPUs takes longer than the attention
+    itself. Here one 64-bit draw decides about four weights, 16 bits each (so dropout_p is rounded
+    to 1 / 65536).
     """
     n = weights.numel()
     bits = torch.empty((n + 3) // 4, dtype=torch.int64, device=weights.device)
@@ -235,8 +247,8 @@ def _dropout_keep(weights: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------
 # Triton, forward. Names: n counts queries, m keys, d channels; *_b, *_h, *_n, *_m are strides over
-# images, heads, queries, keys. A block of 10 or 196 tokens is padded to a power of two: `m < M` and so
-# on mask what does not exist.
+# images, heads, queries, keys. A block of 10 or 196 tokens is padded to a power of two: `m < M`
+# and so on mask what does not exist.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -244,8 +256,8 @@ def _dropout_keep(weights: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
 def _pointers(base, offset, rows, stride, d, ALIGN: tl.constexpr):
     """Pointers to columns d of the given rows of a matrix that starts `offset` elements after base.
 
-    64-bit: a row may start more than 2^31 elements after the base. Every row starts at a multiple of
-    ALIGN elements; told so, the compiler moves up to 16 bytes per instruction.
+    64-bit: a row may start more than 2^31 elements after the base. Every row starts at a multiple
+    of ALIGN elements; told so, the compiler moves up to 16 bytes per instruction.
     """
     pointers = base + offset + rows.to(tl.int64)[:, None] * stride + d[None, :]
     return tl.multiple_of(pointers, (1, ALIGN * base.dtype.element_ty.primitive_bitwidth // 8))
@@ -256,7 +268,8 @@ def _load_rows(
     base, offset, rows, stride, count,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, DOT: tl.constexpr,
 ):
-    """Rows of a (count, D) matrix as a (len(rows), BLOCK_D) tile of type DOT; zeros beyond its edges."""
+    """Rows of a (count, D) matrix as a (len(rows), BLOCK_D) tile of type DOT; zeros beyond its
+    edges."""
     d = tl.arange(0, BLOCK_D)
     mask = (rows < count)[:, None] & (d < D)[None, :]
     tile = tl.load(_pointers(base, offset, rows, stride, d, ALIGN), mask=mask, other=0.0)
@@ -291,18 +304,28 @@ def _forbid(s, n, m, M, width, radius, WINDOW: tl.constexpr):
 
 @triton.jit
 def _kept(n, first_m, M, bh, seed, dropout_p, BLOCK_M: tl.constexpr):
-    """True where the weights of queries n and keys first_m, ... survive dropout: (BLOCK_N, BLOCK_M).
+    """True where the weights of queries n and keys first_m, ... survive dropout: (BLOCK_N,
+    BLOCK_M).
 
     Philox turns (seed, position) into random bits without any state, so that the backward kernels,
-    which visit the weights in another order, find the same ones dropped. It gives four words at a time,
-    for four keys that follow each other; first_m is a multiple of four. Interleaving lays them out
-    side by side: a c a c ... and b d b d ... become a b c d a b c d ...
+    which visit the weights in another order, find the same ones dropped. It gives four words at a
+    time, for four keys that follow each other; first_m is a multiple of four. Interleaving lays them
+    out side by side: a c a c ... and b d b d ... become a b c d a b c d ... Where the compiler cannot
+    do that, every weight draws all four words and keeps its own.
     """
-    four = first_m // 4 + tl.arange(0, BLOCK_M // 4)
-    position = n[:, None] * tl.cdiv(M, 4) + four[None, :]
-    zero = position * 0
-    a, b, c, d = tl.philox(seed, position, zero + bh, zero, zero)  # (BLOCK_N, BLOCK_M / 4) each
-    bits = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))  # (BLOCK_N, BLOCK_M)
+    if INTERLEAVE:
+        four = first_m // 4 + tl.arange(0, BLOCK_M // 4)
+        position = n[:, None] * tl.cdiv(M, 4) + four[None, :]
+        zero = position * 0
+        a, b, c, d = tl.philox(seed, position, zero + bh, zero, zero)  # (BLOCK_N, BLOCK_M / 4) each
+        bits = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))  # (BLOCK_N, BLOCK_M)
+    else:
+        m = first_m + tl.arange(0, BLOCK_M)[None, :]
+        position = n[:, None] * tl.cdiv(M, 4) + m // 4
+        zero = position * 0
+        a, b, c, d = tl.philox(seed, position, zero + bh, zero, zero)  # (BLOCK_N, BLOCK_M) each
+        ab, cd = tl.where(m % 4 == 0, a, b), tl.where(m % 4 == 2, c, d)
+        bits = tl.where(m % 4 < 2, ab, cd)
     uniform = (bits >> 8).to(tl.float32) * (1.0 / 16777216)  # 24 bits: all of [0, 1) exact in fp32
     return uniform >= dropout_p
 
@@ -328,20 +351,24 @@ def _few_keys_kernel(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     WINDOW: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr,
 ):
-    """All keys on chip. Program (image and head, block of queries) -> BLOCK_N rows of the output."""
+    """All keys on chip. Program (image and head, block of queries) -> BLOCK_N rows of the
+    output."""
     bh = tl.program_id(0)
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
-    q_tile = _load_rows(q, b * q_b + h * q_h, n, q_n, N, D, BLOCK_D, ALIGN, DOT)  # (BLOCK_N, BLOCK_D)
-    k_tile = _load_rows(k, b * k_b + h * k_h, m, k_m, M, D, BLOCK_D, ALIGN, DOT)  # (BLOCK_M, BLOCK_D)
-    v_tile = _load_rows(v, b * v_b + h * v_h, m, v_m, M, D, BLOCK_D, ALIGN, DOT)  # (BLOCK_M, BLOCK_D)
+    # (BLOCK_N, BLOCK_D)
+    q_tile = _load_rows(q, b * q_b + h * q_h, n, q_n, N, D, BLOCK_D, ALIGN, DOT)
+    # (BLOCK_M, BLOCK_D) each
+    k_tile = _load_rows(k, b * k_b + h * k_h, m, k_m, M, D, BLOCK_D, ALIGN, DOT)
+    v_tile = _load_rows(v, b * v_b + h * v_h, m, v_m, M, D, BLOCK_D, ALIGN, DOT)
 
     # (BLOCK_N, BLOCK_M)
     s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
     s = _forbid(s, n[:, None], m[None, :], M, width, radius, WINDOW)
     top = tl.max(s, axis=1)
-    top = tl.where(top == -float("inf"), 0.0, top)  # a row without keys: -inf - 0, not -inf - -inf = NaN
+    # a row without keys: -inf - 0, not -inf - -inf = NaN
+    top = tl.where(top == -float("inf"), 0.0, top)
     p = tl.exp2((s - top[:, None]) * scale_log2)
     total = tl.sum(p, axis=1)
     if DROPOUT:  # after the total: dropout acts on the normalised weights
@@ -369,12 +396,14 @@ def _many_keys_kernel(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     WINDOW: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr,
 ):
-    """Online softmax. Program (image and head, block of queries, split): queries over a range of keys."""
+    """Online softmax. Program (image and head, block of queries, split): queries over a range of
+    keys."""
     bh = tl.program_id(0)
     split = tl.program_id(2).to(tl.int64)
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    q_tile = _load_rows(q, b * q_b + h * q_h, n, q_n, N, D, BLOCK_D, ALIGN, DOT)  # (BLOCK_N, BLOCK_D)
+    # (BLOCK_N, BLOCK_D)
+    q_tile = _load_rows(q, b * q_b + h * q_h, n, q_n, N, D, BLOCK_D, ALIGN, DOT)
 
     top = tl.full((BLOCK_N,), -float("inf"), tl.float32)  # largest score so far
     total = tl.zeros((BLOCK_N,), tl.float32)  # sum of e^(score - top) so far
@@ -390,7 +419,8 @@ def _many_keys_kernel(
         s = _forbid(s, n[:, None], m[None, :], M, width, radius, WINDOW)
         new_top = tl.maximum(top, tl.max(s, axis=1))
         safe_top = tl.where(new_top == -float("inf"), 0.0, new_top)  # no key yet: avoid -inf - -inf
-        shrink = tl.exp2((top - safe_top) * scale_log2)  # what was summed so far was relative to the old top
+        # what was summed so far was relative to the old top
+        shrink = tl.exp2((top - safe_top) * scale_log2)
         p = tl.exp2((s - safe_top[:, None]) * scale_log2)
         total = total * shrink + tl.sum(p, axis=1)
         if DROPOUT:
@@ -414,7 +444,8 @@ def _merge_kernel(
     H, N, splits, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """Sum of the splits' outputs, each weighted by its share of the softmax's denominator, in order.
+    """Sum of the splits' outputs, each weighted by its share of the softmax's denominator, in
+    order.
 
     Program (image and head, block of queries).
     """
@@ -492,18 +523,21 @@ def _grad_keys_kernel(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     ALL_KEYS: tl.constexpr, WINDOW: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr,
 ):
-    """dK and dV. Program (image and head, block of keys, split) keeps its keys, its queries stream by.
+    """dK and dV. Program (image and head, block of keys, split) keeps its keys, its queries stream
+    by.
 
-    If its block holds all keys (ALL_KEYS), dS has all columns, and dQ falls out of the same pass. The
-    tiles are kept transposed, (keys, queries), since that is how the two sums over the queries need them.
+    If its block holds all keys (ALL_KEYS), dS has all columns, and dQ falls out of the same pass.
+    The tiles are kept transposed, (keys, queries), since that is how the two sums over the queries
+    need them.
     """
     bh = tl.program_id(0)
     split = tl.program_id(2).to(tl.int64)
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     first_m = tl.program_id(1) * BLOCK_M
     m = first_m + tl.arange(0, BLOCK_M)
-    k_tile = _load_rows(k, b * k_b + h * k_h, m, k_m, M, D, BLOCK_D, ALIGN, DOT)  # (BLOCK_M, BLOCK_D)
-    v_tile = _load_rows(v, b * v_b + h * v_h, m, v_m, M, D, BLOCK_D, ALIGN, DOT)  # (BLOCK_M, BLOCK_D)
+    # (BLOCK_M, BLOCK_D) each
+    k_tile = _load_rows(k, b * k_b + h * k_h, m, k_m, M, D, BLOCK_D, ALIGN, DOT)
+    v_tile = _load_rows(v, b * v_b + h * v_h, m, v_m, M, D, BLOCK_D, ALIGN, DOT)
 
     dk_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dv_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -552,13 +586,15 @@ def _grad_queries_kernel(
 ):
     """dQ, the mirror image: program (image and head, block of queries, split) keeps its queries.
 
-    If its block holds all queries (ALL_QUERIES), dS has all rows, and dK and dV fall out of the same pass.
+    If its block holds all queries (ALL_QUERIES), dS has all rows, and dK and dV fall out of the
+    same pass.
     """
     bh = tl.program_id(0)
     split = tl.program_id(2).to(tl.int64)
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    q_tile = _load_rows(q, b * q_b + h * q_h, n, q_n, N, D, BLOCK_D, ALIGN, DOT)  # (BLOCK_N, BLOCK_D)
+    # (BLOCK_N, BLOCK_D)
+    q_tile = _load_rows(q, b * q_b + h * q_h, n, q_n, N, D, BLOCK_D, ALIGN, DOT)
     do_tile = _load_rows(do, b * do_b + h * do_h, n, do_n, N, D, BLOCK_D, ALIGN, DOT)
     top, inverse, delta_row = _softmax_rows(tops, totals, delta, bh, n, N)
 
@@ -598,7 +634,8 @@ def _sum_parts_kernel(
     P, L,
     BLOCK: tl.constexpr,
 ):
-    """Sum of P partial gradients, always in the same order, so that every run gives the same bits."""
+    """Sum of P partial gradients, always in the same order, so that every run gives the same
+    bits."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for part in range(0, P):
@@ -628,18 +665,21 @@ def dot_type(dtype):
     """What the tensor cores multiply: the inputs' type; the interpreter has no bf16 matrices."""
     if INTERPRET and dtype == torch.bfloat16:
         return tl.float32
-    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+    types = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    return types[dtype]
 
 
 def _tiles(q, k, *others):
     """(BLOCK_N, BLOCK_M, what all kernels share).
 
-    Fixed rules and no autotuning, so that every run gives the same bits. A side of up to `side` tokens
-    is one block, and stays on chip as a whole.
+    Fixed rules and no autotuning, so that every run gives the same bits. A side of up to `side`
+    tokens is one block, and stays on chip as a whole.
     """
     D = q.shape[3]
     block_d = max(16, triton.next_power_of_2(D))  # tl.dot wants at least 16
     side, warps = TILES[q.dtype == torch.float32, block_d]
+    if 16 < D < block_d:  # masks along the channels cost registers too
+        side = max(16, side // 2)
     block_n = max(16, min(side, triton.next_power_of_2(q.shape[2])))
     block_m = max(16, min(side, triton.next_power_of_2(k.shape[2])))
     starts = []
@@ -650,11 +690,19 @@ def _tiles(q, k, *others):
 
 
 def _flags(q, window, dropout_p):
-    return dict(WINDOW=bool(window), DROPOUT=dropout_p > 0, DOT=dot_type(q.dtype))
+    options = dict(WINDOW=bool(window), DROPOUT=dropout_p > 0, DOT=dot_type(q.dtype))
+    return options | registers(255)
+
+
+def registers(most):
+    """Launch option, where there is one: without it the compiler may choose fewer registers a
+    thread, to run more programs at once, and spill some of them to memory."""
+    return {} if torch.version.hip else {"maxnreg": most}
 
 
 def split(programs, length, block, device):
-    """(splits, tokens per split): cut a side of `length` tokens until the card has enough programs."""
+    """(splits, tokens per split): cut a side of `length` tokens until the card has enough
+    programs."""
     blocks = triton.cdiv(length, block)
     wanted = PROGRAMS_PER_CORE * cores(device) // programs
     splits = max(1, min(wanted, blocks // BLOCKS_PER_SPLIT))
@@ -663,14 +711,15 @@ def split(programs, length, block, device):
 
 
 def _empty(*shape, like, dtype=None):
-    """An uninitialised (..., H, N, D) tensor, stored as (..., N, H, D): merging the heads is no copy."""
+    """An uninitialised (..., H, N, D) tensor, stored as (..., N, H, D): merging the heads is no
+    copy."""
     *batch, H, N, D = shape
     x = torch.empty(*batch, N, H, D, dtype=dtype or like.dtype, device=like.device)
     return x.transpose(-3, -2)
 
 
 def _rows(x):
-    """A (B|1, H, N, D) tensor as a kernel takes it: itself and its strides, 0 over a shared batch of 1."""
+    """A (B|1, H, N, D) tensor as a kernel takes it: itself and its strides, 0 over a batch of 1."""
     return x, 0 if x.shape[0] == 1 else x.stride(0), x.stride(1), x.stride(2)
 
 
@@ -679,13 +728,16 @@ def _forward_shapes(q, k, v, seed, scale, window, dropout_p):
     return _empty(B, H, N, D, like=q), q.new_empty((2, B, H, N), dtype=torch.float32)
 
 
-@opaque(_forward_shapes)
-def attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, seed: Tensor, scale: float, window: list[int], dropout_p: float
-) -> tuple[Tensor, Tensor]:
+@opaque(
+    "(Tensor q, Tensor k, Tensor v, Tensor seed, float scale, int[] window, float dropout_p) "
+    "-> (Tensor, Tensor)",
+    _forward_shapes,
+)
+def attention_triton(q, k, v, seed, scale, window, dropout_p):
     """Output (B, H, N, D) of `cross_attention`, and of each query (2, B, H, N) fp32: its largest
-    product q k, and the sum of e^(scale (product - largest)). Two numbers: their one logarithm would be
-    too coarse for large scores, and so would be products that are scaled before they are compared."""
+    product q k, and the sum of e^(scale (product - largest)). Two numbers: their one logarithm
+    would be too coarse for large scores, and so would be products that are scaled before they are
+    compared."""
     (B, H, N, D), M = q.shape, k.shape[2]
     B = max(B, k.shape[0])
     block_n, block_m, tile = _tiles(q, k, v)
@@ -723,11 +775,12 @@ def _backward_shapes(do, q, k, v, o, rows, seed, scale, window, dropout_p):
     return tuple(_empty(*x.shape, like=x) for x in (q, k, v))
 
 
-@opaque(_backward_shapes)
-def attention_grad_triton(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, rows: Tensor,
-    seed: Tensor, scale: float, window: list[int], dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+@opaque(
+    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor rows, Tensor seed, float scale, "
+    "int[] window, float dropout_p) -> (Tensor, Tensor, Tensor)",
+    _backward_shapes,
+)
+def attention_grad_triton(do, q, k, v, o, rows, seed, scale, window, dropout_p):
     """Gradients of q, k and v, from that of the output, do (B, H, N, D)."""
     (B, H, N, _), M, device = o.shape, k.shape[2], q.device
     block_n, block_m, tile = _tiles(q, k, v, do)
@@ -740,10 +793,6 @@ def attention_grad_triton(
 
     all_keys = key_blocks == 1
     all_queries = query_blocks == 1 and not all_keys
-    if not all_keys and not all_queries and torch.version.hip is None:
-        # both sides long: the compiler would rather spill a few registers than run fewer programs at
-        # once; forbid it, where there is such an option
-        flags["maxnreg"] = 255
     query_splits, query_chunk = split(B * H * key_blocks, N, block_n, device)
     key_splits, key_chunk = split(B * H * query_blocks, M, block_m, device)
     # one partial gradient per split, and per image where all images share the tokens
@@ -762,7 +811,8 @@ def attention_grad_triton(
         if not all_keys:
             _grad_queries_kernel[(B * H, query_blocks, key_splits)](
                 *inputs, dq_parts, *dq_parts.stride()[:4], dk_parts, dv_parts,
-                *dk_parts.stride()[1:4], H, N, M, key_chunk, *numbers, ALL_QUERIES=all_queries, **flags,
+                *dk_parts.stride()[1:4], H, N, M, key_chunk, *numbers,
+                ALL_QUERIES=all_queries, **flags,
             )
         for gradient, parts in ((dq, dq_parts), (dk, dk_parts), (dv, dv_parts)):
             count = parts.shape[0] * parts.shape[1] // gradient.shape[0]
@@ -774,7 +824,8 @@ def attention_grad_triton(
 
 
 def _gradient(x, B, splits):
-    """(gradient of x, buffer (splits, B, H, N, D) for its parts), the same memory if there is one part."""
+    """(gradient of x, buffer (splits, B, H, N, D) for its parts), the same memory if there is one
+    part."""
     gradient = _empty(*x.shape, like=x)
     if splits == 1 and x.shape[0] == B:
         return gradient, gradient[None]
@@ -782,11 +833,13 @@ def _gradient(x, B, splits):
 
 
 class _CrossAttention(torch.autograd.Function):
-    """Saves inputs, output and two numbers a row; the weights are recomputed in the backward pass."""
+    """Saves inputs, output and two numbers a row; the weights are recomputed in the backward
+    pass."""
 
     @staticmethod
     def forward(ctx, q, k, v, seed, *options):
-        # the kernels walk along channels with stride 1: true for split heads, a copy for anything else
+        # the kernels walk along channels with stride 1: true for split heads, a copy for anything
+        # else
         q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
         o, rows = attention_triton(q, k, v, seed, *options)
         ctx.save_for_backward(q, k, v, o, rows, seed)
@@ -802,7 +855,8 @@ class _CrossAttention(torch.autograd.Function):
 
 @trial("cross_attention")
 def _trial(device, dtype):
-    """Output and gradients against the PyTorch path, where keys are few, queries are few, both many."""
+    """Output and gradients against the PyTorch path, where keys are few, queries are few, both
+    many."""
     for N, M in ((70, 5), (5, 70), (70, 71)):
         q, k, v, upstream = trial_tensors([(1, 2, n, 16) for n in (N, M, M, N)], device, dtype)
         results = {}
@@ -810,3 +864,9 @@ def _trial(device, dtype):
             o = cross_attention(q, k, v, backend=backend)
             results[backend] = [o, *torch.autograd.grad(o, (q, k, v), upstream)]
         compare(results["triton"], results["torch"], dtype)
+        # with dropout O = W V, so dO . O = dV . V if both passes drop the same weights
+        v, upstream = (x.detach().abs().requires_grad_() for x in (v, upstream))
+        o = cross_attention(q, k, v, dropout_p=0.5, seed=1, backend="triton")
+        (dv,) = torch.autograd.grad(o, (v,), upstream)
+        dots = [(x.float() * y.float()).sum() for x, y in ((o, upstream), (dv, v))]
+        compare(dots[1:], dots[:1], dtype)

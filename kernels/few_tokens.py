@@ -1,10 +1,10 @@
 """Multi-head attention between a few tokens and a large map that never projects the map.
 
-ROADS's prompts (l = 10) read maps of up to 4,096 positions and are read by them, with a LayerNorm on
-either side and four linear maps around the attention. As it is usually written, three of the four
-linear maps act on the whole map. But a linear map may act on the other factor of a product just as
-well, and there it meets l tokens in place of thousands. With z the map after its LayerNorm, and per
-head h the blocks W_q, W_k, W_v of D rows and W_o of D columns:
+ROADS's prompts (l = 10) read maps of up to 4,096 positions and are read by them, with a LayerNorm
+on either side and four linear maps around the attention. As it is usually written, three of the
+four linear maps act on the whole map. But a linear map may act on the other factor of a product
+just as well, and there it meets l tokens in place of thousands. With z the map after its
+LayerNorm, and per head h the blocks W_q, W_k, W_v of D rows and W_o of D columns:
 
     the tokens read the map           scores  q_h (z W_k^T + b_k)^T  =  (q_h W_k) z^T  + a constant
                                       output  P (z W_v^T + b_v)      =  (P z) W_v^T    + b_v
@@ -12,17 +12,17 @@ head h the blocks W_q, W_k, W_v of D rows and W_o of D columns:
     the map reads the tokens          scores  (z W_q^T + b_q) k_h^T  =  z (k_h W_q)^T  + b_q k_h^T
                                       output  sum_h (P v_h) W_o^T    =  sum_h P (v_h W_o^T)
 
-The constant, q_h b_k^T, is the same for all keys of a query, so the softmax does not see it; b_q k_h^T
-differs from key to key and stays. Rows of P sum to 1, so b_v comes through. What is left of LayerNorm
-after its weight and bias have gone the same way is (z - mean) / deviation. So q, k and v of the map do
-not exist: each position of the map is standardised, multiplied with H l folded tokens of width C, and
-with H l more. For R = H l that is 4 M R C operations in place of 4 M C (C + l), so it pays while the
-tokens are few (`folding_pays`); otherwise the usual form runs.
+The constant, q_h b_k^T, is the same for all keys of a query, so the softmax does not see it; b_q
+k_h^T differs from key to key and stays. Rows of P sum to 1, so b_v comes through. What is left of
+LayerNorm after its weight and bias have gone the same way is (z - mean) / deviation. So q, k and v
+of the map do not exist: each position of the map is standardised, multiplied with H l folded
+tokens of width C, and with H l more. For R = H l that is 4 M R C operations in place of 4 M C (C +
+l), so it pays while the tokens are few (`folding_pays`); otherwise the usual form runs.
 
-On a GPU, what is left at every position is one kernel each way, LayerNorm included: the map is read
-once (and written once, if it is the one that reads), and neither its standardised copy nor the scores
-go to memory. The folding itself, on H l tokens, is plain PyTorch, and so are the gradients of the
-projections.
+On a GPU, what is left at every position is one kernel each way, LayerNorm included: the map is
+read once (and written once, if it is the one that reads), and neither its standardised copy nor
+the scores go to memory. The folding itself, on H l tokens, is plain PyTorch, and so are the
+gradients of the projections.
 
 Read in this order: `few_token_formula`, `_tokens_read`, `_map_reads`, `tokens_read_torch`,
 `map_reads_torch`, then the kernels of the same names.
@@ -32,13 +32,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backend import autocast, compare, opaque, tl, trial, trial_tensors, triton, use_triton
 from .cross_attention import (
     LOG2E, _delta_kernel, _load_rows, _merge_kernel, _softmax_rows, _store_rows,
-    _sum_parts_kernel, cross_attention, dot_type, split,
+    _sum_parts_kernel, cross_attention, dot_type, registers, split,
 )
 
 
@@ -47,16 +46,18 @@ def few_token_attention(
 ):
     """to_out(attention(to_q(norm_q(queries)), to_k(norm_m(memory)), to_v(norm_m(memory)))).
 
-    queries            (B, N, C); memory (B, M, C); floating dtype. Either side may be the short one.
+    queries            (B, N, C); memory (B, M, C); floating dtype. Either side may be the short
+                       one.
     norm_q, norm_m     `nn.LayerNorm(C)` of the two sides, with weight and bias.
     to_q, to_k, to_v, to_out  `nn.Linear(C, C)`, each with a bias. Of all six modules only the
                        parameters (and eps) are used: hooks are not called.
     heads              H; divides C. Scores are scaled by 1 / sqrt(C / H).
-    backend            "auto" (Triton on CUDA tensors, plain PyTorch elsewhere), "triton" or "torch".
+    backend            "auto" (Triton on CUDA tensors, plain PyTorch elsewhere), "triton" or
+                       "torch".
 
-    Returns (B, N, C), equal to `few_token_formula` up to rounding, with gradients for both inputs and
-    all parameters; that of to_k's bias is zero, as it is in exact arithmetic. The dtype is that of
-    `F.linear`: the inputs', or autocast's. Raises ValueError for shapes that do not fit.
+    Returns (B, N, C), equal to `few_token_formula` up to rounding, with gradients for both inputs
+    and all parameters; that of to_k's bias is zero, as it is in exact arithmetic. The dtype is
+    that of `F.linear`: the inputs', or autocast's. Raises ValueError for shapes that do not fit.
     """
     _check(queries, memory, heads)
     arguments = (queries, memory, norm_q, norm_m, to_q, to_k, to_v, to_out, heads)
@@ -87,9 +88,9 @@ def split_heads(x, heads):
 def folding_pays(queries, memory, width, heads):
     """True if folding the projections into the shorter side takes fewer operations.
 
-    Both counts are per image and divided by 4 C. Folded: the map meets H l rows of width C, twice; the
-    tokens go through four products with a C x C matrix. Usual: two such products and the attention for
-    each position of the map, and two products for each token.
+    Both counts are per image and divided by 4 C. Folded: the map meets H l rows of width C, twice;
+    the tokens go through four products with a C x C matrix. Usual: two such products and the
+    attention for each position of the map, and two products for each token.
     """
     few, many = min(queries, memory), max(queries, memory)
     folded = many * heads * few + 2 * few * width
@@ -110,11 +111,14 @@ def _check(queries, memory, heads):
             f"queries {tuple(queries.shape)}, memory {tuple(memory.shape)}"
         )
     if queries.shape[2] % heads:
-        raise ValueError(f"few_token_attention: {heads} heads do not divide {queries.shape[2]} channels")
+        raise ValueError(
+            f"few_token_attention: {heads} heads do not divide {queries.shape[2]} channels"
+        )
 
 
 # --------------------------------------------------------------------------------------------------
-# Folding. Letters in einsum: b image, h head, n a token, d a channel of the head, c of the whole width
+# Folding. Letters in einsum: b image, h head, n a token, d a channel of the head, c of the whole
+# width
 # --------------------------------------------------------------------------------------------------
 
 
@@ -127,9 +131,11 @@ def _tokens_read(queries, memory, norm_q, norm_m, to_q, to_k, to_v, to_out, head
 
     folded = torch.einsum("bnhd,hdc->bhnc", q, k_weight) * (scale * norm_m.weight)  # (B, H, N, C)
     seen = tokens_read(folded.flatten(1, 2), memory, norm_m.eps, backend)  # (B, H N, C)
-    seen = seen.unflatten(1, (heads, -1)) * norm_m.weight + norm_m.bias  # (B, H N, C) -> (B, H, N, C)
+    seen = seen.unflatten(1, (heads, -1))  # (B, H N, C) -> (B, H, N, C)
+    seen = seen * norm_m.weight + norm_m.bias
     values = torch.einsum("bhnc,hdc->bnhd", seen, v_weight).flatten(2)  # (B, N, H, D) -> (B, N, C)
-    # the key's bias cannot matter; named here so that every parameter has a gradient, as DDP requires
+    # the key's bias cannot matter; named here so that every parameter has a gradient, as DDP
+    # requires
     return to_out(values + to_v.bias + 0.0 * to_k.bias)
 
 
@@ -147,7 +153,8 @@ def _map_reads(queries, memory, norm_q, norm_m, to_q, to_k, to_v, to_out, heads,
     bias = keys @ norm_q.bias + torch.einsum("bmhd,hd->bhm", k, q_bias)  # (B, H, M)
     keys = (keys * norm_q.weight).flatten(1, 2)  # (B, H, M, C) -> (B, H M, C)
     values = torch.einsum("bmhd,chd->bhmc", v, out_weight).flatten(1, 2)  # (B, H M, C)
-    return map_reads(queries, keys, bias.flatten(1), values, to_out.bias, heads, norm_q.eps, backend)
+    bias = bias.flatten(1)  # (B, H, M) -> (B, H M)
+    return map_reads(queries, keys, bias, values, to_out.bias, heads, norm_q.eps, backend)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -166,7 +173,8 @@ def tokens_read(tokens, x, eps, backend="auto"):
 def map_reads(x, keys, bias, values, out_bias, heads, eps, backend="auto"):
     """sum over heads of softmax(z keys^T + bias) values, plus out_bias, with z = standardise(x).
 
-    x (B, N, C); keys and values (B, H M, C), head by head; bias (B, H M); out_bias (C,) -> (B, N, C).
+    x (B, N, C); keys and values (B, H M, C), head by head; bias (B, H M); out_bias (C,) -> (B, N,
+    C).
     """
     shape = f"map{x.shape[1]}x{keys.shape[1]}x{x.shape[2]}"
     if _use_triton(backend, keys, x, shape):
@@ -180,9 +188,14 @@ def _use_triton(backend, tokens, x, shape):
     unsupported = None
     if not {tokens.dtype, x.dtype} <= {torch.float32, torch.float16, torch.bfloat16}:
         unsupported = f"few_token_attention takes float32, float16 or bfloat16, got {x.dtype}"
-    elif not 8 <= x.shape[2] <= WIDEST:
-        unsupported = f"few_token_attention takes maps of width 8 to {WIDEST}, got {x.shape[2]}"
-    return use_triton(backend, "few_token_attention", autocast(tokens)[0], unsupported, shape)
+    (tokens,) = autocast(tokens)
+    widest = WIDEST[tokens.dtype == torch.float32]
+    if unsupported is None and not 8 <= x.shape[2] <= widest:
+        unsupported = (
+            f"few_token_attention in {tokens.dtype} takes maps of width 8 to {widest}, "
+            f"got {x.shape[2]}"
+        )
+    return use_triton(backend, "few_token_attention", tokens, unsupported, shape)
 
 
 def standardise(x, eps):
@@ -201,13 +214,15 @@ def map_reads_torch(x, keys, bias, values, out_bias, heads, eps):
     """`map_reads` in plain PyTorch."""
     z = standardise(x, eps)  # (B, N, C)
     scores = torch.baddbmm(bias[:, None], z, keys.transpose(1, 2))  # (B, N, H M)
-    weights = scores.unflatten(2, (heads, -1)).softmax(dim=3).flatten(2)  # (B, N, H, M) -> (B, N, H M)
+    by_head = scores.unflatten(2, (heads, -1))  # (B, N, H M) -> (B, N, H, M)
+    weights = by_head.softmax(dim=3).flatten(2)  # (B, N, H, M) -> (B, N, H M)
     return torch.baddbmm(out_bias[None, None], weights, values)
 
 
 # --------------------------------------------------------------------------------------------------
-# Triton. Names: r counts folded tokens, m positions of the map, c channels; *_b, *_m are strides over
-# images and positions. Tokens, their gradients and the outputs they read are contiguous (B, R, C).
+# Triton. Names: r counts folded tokens, m positions of the map, c channels; *_b, *_m are strides
+# over images and positions. Tokens, their gradients and the outputs they read are contiguous (B,
+# R, C).
 # --------------------------------------------------------------------------------------------------
 
 
@@ -215,7 +230,8 @@ def map_reads_torch(x, keys, bias, values, out_bias, heads, eps):
 def _standard_rows(
     x, offset, m, x_m, M, eps, C: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr
 ):
-    """Rows m of a map, standardised, (BLOCK_M, BLOCK_C) fp32, zeros beyond the edges; 1 / deviations."""
+    """Rows m of a map, standardised, (BLOCK_M, BLOCK_C) fp32, zeros beyond the edges; 1 /
+    deviations."""
     tile = _load_rows(x, offset, m, x_m, M, C, BLOCK_C, ALIGN, tl.float32)
     mean = tl.sum(tile, axis=1) / C
     centred = tl.where((tl.arange(0, BLOCK_C) < C)[None, :], tile - mean[:, None], 0.0)
@@ -225,7 +241,8 @@ def _standard_rows(
 
 @triton.jit
 def _standard_grad(z, inverse, dz, C: tl.constexpr):
-    """Gradient of the rows from that of the standardised rows z: without its parts along 1 and z."""
+    """Gradient of the rows from that of the standardised rows z: without its parts along 1 and
+    z."""
     along_one = tl.sum(dz, axis=1) / C
     along_z = tl.sum(dz * z, axis=1) / C
     return (dz - along_one[:, None] - z * along_z[:, None]) * inverse[:, None]
@@ -235,7 +252,7 @@ def _standard_grad(z, inverse, dz, C: tl.constexpr):
 def _tokens_read_kernel(
     tokens,  # folded tokens (B, R, C)
     x, x_b, x_m,  # map (B, M, C) and its strides
-    out, out_s,  # output (splits, B, R, C): each split's own softmax, normalised; stride over splits
+    out, out_s,  # output (splits, B, R, C): each split's own softmax, normalised
     tops, totals, tops_s,  # outputs (splits, B, R) fp32: largest score, sum of e^(score - it)
     R, M, chunk, eps,  # chunk: positions per split, a multiple of BLOCK_M
     C: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
@@ -334,8 +351,11 @@ def _tokens_read_grad_tokens_kernel(
 
 
 @triton.jit
-def _head_weights(z, keys, bias, at, bias_at, h, L, C: tl.constexpr, BLOCK_C: tl.constexpr,
-                  ALIGN: tl.constexpr, BLOCK_L: tl.constexpr, LOG2E: tl.constexpr, DOT: tl.constexpr):
+def _head_weights(
+    z, keys, bias, at, bias_at, h, L,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_L: tl.constexpr, LOG2E: tl.constexpr, DOT: tl.constexpr,
+):
     """Softmax of rows z over the L tokens of head h, (BLOCK_M, BLOCK_L); and the head's keys."""
     j = tl.arange(0, BLOCK_L)
     key = _load_rows(keys, at + h * L * C, j, C, L, C, BLOCK_C, ALIGN, DOT)  # (BLOCK_L, BLOCK_C)
@@ -355,7 +375,8 @@ def _map_reads_kernel(
     C: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, LOG2E: tl.constexpr, DOT: tl.constexpr,
 ):
-    """Program (image, block of positions): one head after the other, all of whose tokens are on chip."""
+    """Program (image, block of positions): one head after the other, all of whose tokens are on
+    chip."""
     b = tl.program_id(0).to(tl.int64)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, BLOCK_C)
@@ -365,7 +386,7 @@ def _map_reads_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     acc += tl.load(out_bias + c, mask=c < C, other=0.0)[None, :]
     for h in range(0, H):
-        p, _ = _head_weights(
+        p, key = _head_weights(
             z, keys, bias, at, bias_at, h, L, C, BLOCK_C, ALIGN, BLOCK_L, LOG2E, DOT
         )
         j = tl.arange(0, BLOCK_L)
@@ -429,8 +450,9 @@ def _map_reads_grad_tokens_kernel(
         m = start + tl.arange(0, BLOCK_M)
         z, _ = _standard_rows(x, b * x_b, m, x_m, M, eps, C, BLOCK_C, ALIGN)
         z = z.to(DOT)
-        do_tile = _load_rows(do, b * do_b, m, do_m, M, C, BLOCK_C, ALIGN, DOT)  # zeros beyond the map
-        p, _ = _head_weights(
+        # zeros beyond the map, which add nothing
+        do_tile = _load_rows(do, b * do_b, m, do_m, M, C, BLOCK_C, ALIGN, DOT)
+        p, key = _head_weights(
             z, keys, bias, at, bias_at, h, L, C, BLOCK_C, ALIGN, BLOCK_L, LOG2E, DOT
         )
         dp = tl.dot(do_tile, tl.trans(value), input_precision="ieee")  # (BLOCK_M, BLOCK_L)
@@ -450,12 +472,15 @@ def _map_reads_grad_tokens_kernel(
 # --------------------------------------------------------------------------------------------------
 
 
-WIDEST = 512  # channels; a tile of more does not fit on chip
+# fp32 or not -> most channels: a tile of more does not fit on chip, and PyTorch's matrix products
+# win
+WIDEST = {True: 64, False: 512}
 BLOCK_R = 16  # folded tokens per block
 
 
 def _tile(x, *others):
-    """What all kernels share for maps like x: width, alignment, block of positions, warps, types."""
+    """What all kernels share for maps like x: width, alignment, block of positions, warps,
+    types."""
     C = x.shape[2]
     block_c = max(16, triton.next_power_of_2(C))
     block_m = 32 if block_c <= 256 and others[0].dtype != torch.float32 else 16
@@ -482,8 +507,8 @@ def _read_shapes(tokens, x, eps):
     return torch.empty_like(tokens), tokens.new_empty((2, *tokens.shape[:2]), dtype=torch.float32)
 
 
-@opaque(_read_shapes)
-def tokens_read_triton(tokens: Tensor, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+@opaque("(Tensor tokens, Tensor x, float eps) -> (Tensor, Tensor)", _read_shapes)
+def tokens_read_triton(tokens, x, eps):
     """What the tokens read, (B, R, C), and each token's largest score and sum, (2, B, R) fp32."""
     (B, R, C), M, device = tokens.shape, x.shape[1], tokens.device
     tile = _tile(x, tokens)
@@ -513,10 +538,11 @@ def _read_grad_shapes(do, tokens, x, out, rows, eps):
     return torch.empty_like(tokens), torch.empty_like(x)
 
 
-@opaque(_read_grad_shapes)
-def tokens_read_grad_triton(
-    do: Tensor, tokens: Tensor, x: Tensor, out: Tensor, rows: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+@opaque(
+    "(Tensor do, Tensor tokens, Tensor x, Tensor out, Tensor rows, float eps) -> (Tensor, Tensor)",
+    _read_grad_shapes,
+)
+def tokens_read_grad_triton(do, tokens, x, out, rows, eps):
     """Gradients of the tokens (B, R, C) and of the map (B, M, C)."""
     (B, R, C), M, device = tokens.shape, x.shape[1], tokens.device
     dx = torch.empty_like(x)
@@ -562,10 +588,12 @@ def _map_read_shapes(x, keys, bias, values, out_bias, heads, eps):
     return x.new_empty(x.shape, dtype=keys.dtype)
 
 
-@opaque(_map_read_shapes)
-def map_reads_triton(
-    x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, out_bias: Tensor, heads: int, eps: float
-) -> Tensor:
+@opaque(
+    "(Tensor x, Tensor keys, Tensor bias, Tensor values, Tensor out_bias, int heads, float eps) "
+    "-> Tensor",
+    _map_read_shapes,
+)
+def map_reads_triton(x, keys, bias, values, out_bias, heads, eps):
     """`map_reads`: (B, M, C) in the type of the keys."""
     (B, M, C), L = x.shape, keys.shape[1] // heads
     out = torch.empty(B, M, C, dtype=keys.dtype, device=x.device)
@@ -582,10 +610,12 @@ def _map_read_grad_shapes(do, x, keys, bias, values, heads, eps):
     return tuple(torch.empty_like(t) for t in (x, keys, bias, values))
 
 
-@opaque(_map_read_grad_shapes)
-def map_reads_grad_triton(
-    do: Tensor, x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, heads: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@opaque(
+    "(Tensor do, Tensor x, Tensor keys, Tensor bias, Tensor values, int heads, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _map_read_grad_shapes,
+)
+def map_reads_grad_triton(do, x, keys, bias, values, heads, eps):
     """Gradients of the map, keys, bias and values."""
     (B, M, C), R, device = x.shape, keys.shape[1], x.device
     L = R // heads
@@ -598,7 +628,7 @@ def map_reads_grad_triton(
     shared = (x, *x.stride()[:2], do, *do.stride()[:2], keys, bias, values)
     with torch.cuda.device_of(x):
         _map_reads_grad_map_kernel[(B, triton.cdiv(M, tile["BLOCK_M"]))](
-            *shared, dx, *dx.stride()[:2], M, heads, L, eps, **tile
+            *shared, dx, *dx.stride()[:2], M, heads, L, eps, **tile, **registers(255)
         )
         _map_reads_grad_tokens_kernel[(B, heads, splits)](
             *shared, dk, dv, dk.stride(0), db, db.stride(0), M, heads, L, chunk, eps, **tile
@@ -607,7 +637,8 @@ def map_reads_grad_triton(
 
 
 class _MapReads(torch.autograd.Function):
-    """Saves its inputs; the weights over a head's few tokens are recomputed in the backward pass."""
+    """Saves its inputs; the weights over a head's few tokens are recomputed in the backward
+    pass."""
 
     @staticmethod
     def forward(ctx, x, keys, bias, values, out_bias, heads, eps):

@@ -13,6 +13,7 @@ may use again unseen, so the bounded engine's memory is what --stream prints, no
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +25,18 @@ try:
                                     threshold_aupro)
 except ImportError as error:
     raise SystemExit(f"bench_metrics: {error}. Run it as `python -m tests.bench_metrics` from the repository's folder, "
-                     "with `pip install -r requirements-dev.txt`")
+                     "with `pip install -r requirements-dev.txt`") from None
 
 
 def resident(which):
     """Resident memory in MiB: "VmRSS" now, "VmHWM" peak since the last reset; None where /proc is missing."""
     status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(which)), None)
+    if not status.exists():
+        return None
+    for line in status.read_text().splitlines():
+        if line.startswith(which):
+            return int(line.split()[1]) / 1024
+    return None
 
 
 def measure(name, function, repeat=1):
@@ -67,6 +72,90 @@ def make(n, classes=1):
     return maps, masks, maps.max((1, 2)), masks.any((1, 2)), [f"class {c:02d}" for c in names]
 
 
+def stream(number, engine):
+    """Only our engine, fed with batches of 100 maps that nobody keeps."""
+    maps, *others = make(100, 30)  # drawn once, shifted a little for every batch
+
+    def batches():
+        for i in range(0, number, 100):
+            n = min(100, number - i)
+            shifted = maps + np.float32(1e-5 * i)
+            yield tuple(x[:n] for x in (shifted, *others))
+
+    def evaluate():
+        return metrics.evaluate(batches(), engine=engine)
+
+    report, *_ = measure(f"ours, {engine}: {number} maps, streamed", evaluate)
+    bounds = report.get("error_bounds", {}).get("mixed", {})
+    for key, value in report["mixed"].items():
+        print(f"{key:<10}{value:.9f} +- {bounds.get(key, 0):.1e}")
+
+
+def compare(data, repeat):
+    """Both engines beside scikit-learn and an exact AUPRO. Returns the rows of ours and of scikit-learn."""
+    maps, masks = data[:2]
+    print(f"{len(maps)} maps, {maps.nbytes / 2 ** 20:.0f} MiB, {100 * masks.mean():.1f} % positive pixels")
+    ours = measure("ours, exact: all seven, three views", partial(metrics.evaluate, *data, engine="exact"), repeat)
+    bounded = measure("ours, bounded", partial(metrics.evaluate, *data, engine="bounded"), repeat)
+    three = measure("scikit-learn: AUROC + AP + PR curve (pixels)",
+                    partial(sklearn_three, maps.ravel(), masks.ravel()))
+    full = measure("AUPRO by full sort, exact", partial(full_sort_aupro, maps, masks))
+    print(f"\nexact engine against scikit-learn + full sort: {faster(ours, three, full)}")
+    if ours[3]:
+        print(f"memory: 1/{max(three[3], full[3]) / ours[3]:.1f}")
+    row = ours[0]["mixed"]
+    exact = dict(zip(metrics.PIXEL_METRICS, (*three[0], full[0])))
+    print("largest difference:", max(abs(row[key] - exact[key]) for key in exact))
+    print("bounded engine: difference and bound")
+    for key in (*metrics.PIXEL_METRICS, "mad"):
+        difference = abs(bounded[0]["mixed"][key] - row[key])
+        print(f"    {key:<8} {difference:.1e} {bounded[0]['error_bounds']['mixed'][key]:.1e}")
+    return ours, three
+
+
+def faster(ours, *theirs):
+    """How many times faster than the sum of others, in words; each as `measure` returns it."""
+    wall = sum(other[1] for other in theirs) / ours[1]
+    processor = sum(other[2] for other in theirs) / ours[2]
+    return f"{processor:.0f} x faster (processor seconds), {wall:.0f} x (wall)"
+
+
+def threshold_loops(data, ours, three):
+    """The loop over 200 thresholds, as it is published and with its labelling moved out of the loop."""
+    maps, masks = data[:2]
+    print()
+    loop = measure("AUPRO, 200 thresholds, regions labelled at each", partial(threshold_aupro, maps, masks))
+    once = measure("AUPRO, 200 thresholds, regions labelled once",
+                   partial(threshold_aupro, maps, masks, relabel=False))
+    for name, other in ("as published (labelling in the loop)", loop), ("labelling once", once):
+        print(f"exact engine against scikit-learn + 200 thresholds, {name}: {faster(ours, three, other)}")
+
+
+def recipes(data, row):
+    """By how much other recipes' numbers differ, and how one outlier pixel moves them; row: ours, of the pool."""
+    maps, masks = data[:2]
+    spiked = maps.copy()
+    spiked[0, 0, 0] = 3 * maps.max()
+    spiked_row = metrics.evaluate(spiked, *data[1:])["mixed"]
+    others = {
+        "  200 thresholds, FPR / its maximum (Dinomaly)": partial(threshold_aupro, relabel=False),
+        "  100 thresholds, FPR min-max (ADer, Omni-AD)":
+            partial(threshold_aupro, thresholds=100, rescale="minmax", relabel=False),
+        "  per image, averaged (RD4AD)": per_image_aupro,
+        "  prediction dilated by 5 x 5 (SimpleNet)": partial(threshold_aupro, dilate=True, relabel=False),
+    }
+    print(f"\n{'recipe':<58}{'value':>9}{'one outlier pixel':>20}")
+    show("AUPRO, ours: the definition", row["p_aupro"], spiked_row["p_aupro"])
+    for name, recipe in others.items():
+        show(name, recipe(maps, masks), recipe(spiked, masks))
+    show("P-F1max, ours: all thresholds", row["p_f1max"], spiked_row["p_f1max"])
+    show("  21 thresholds (ADer, Omni-AD)", f1_of_21_thresholds(maps, masks), f1_of_21_thresholds(spiked, masks))
+
+
+def show(name, value, with_outlier):
+    print(f"{name:<58}{value:>9.4f}{with_outlier:>20.4f}", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--maps", type=int, default=83, help="number of maps of 256 x 256 (default 83)")
@@ -76,60 +165,14 @@ def main():
     args = parser.parse_args()
     print(f"{'':<58}{'wall s':>9}{'cpu s':>9}{'MiB':>9}")
     if args.stream:
-        maps, *others = make(100, 30)                                  # drawn once, shifted a little for every batch
-
-        def batches():
-            for i in range(0, args.stream, 100):
-                n = min(100, args.stream - i)
-                yield tuple(x[:n] for x in (maps + np.float32(1e-5 * i), *others))
-        report = measure(f"ours, {args.engine}: {args.stream} maps, streamed",
-                         lambda: metrics.evaluate(batches(), engine=args.engine))
-        print("\n".join(f"{k:<10}{v:.9f} +- {report[0]['error_bounds']['mixed'][k]:.1e}"
-                        for k, v in report[0]["mixed"].items()))
+        stream(args.stream, args.engine)
         return
-
-    data = make(args.maps, 1 if args.maps < 200 else 15)
-    maps, masks = data[:2]
-    print(f"{args.maps} maps, {maps.nbytes / 2 ** 20:.0f} MiB, {100 * masks.mean():.1f} % positive pixels")
-    ours = measure("ours, exact: all seven, three views", lambda: metrics.evaluate(*data, engine="exact"), args.repeat)
-    bounded = measure("ours, bounded", lambda: metrics.evaluate(*data, engine="bounded"), args.repeat)
-    three = measure("scikit-learn: AUROC + AP + PR curve (pixels)", lambda: sklearn_three(maps.ravel(), masks.ravel()))
-    full = measure("AUPRO by full sort, exact", lambda: full_sort_aupro(maps, masks))
-    theirs = three[2] + full[2]
-    row, error = ours[0]["mixed"], bounded[0]["error_bounds"]["mixed"]
-    print(f"\nexact engine against scikit-learn + full sort: {theirs / ours[2]:.0f} x faster (processor seconds), "
-          f"{(three[1] + full[1]) / ours[1]:.0f} x (wall)")
-    if ours[3]:
-        print(f"memory: 1/{max(three[3], full[3]) / ours[3]:.1f}")
-    print("largest difference:", max(abs(row[k] - v) for k, v in zip(metrics.PIXEL_METRICS, (*three[0], full[0]))))
-    print("bounded engine: difference and bound", {k: (f"{abs(bounded[0]['mixed'][k] - row[k]):.1e}", f"{error[k]:.1e}")
-                                                   for k in (*metrics.PIXEL_METRICS, "mad")})
-    if args.maps >= 200:
-        return
-    print()
-    loop = measure("AUPRO, 200 thresholds, regions labelled at each", lambda: threshold_aupro(maps, masks))
-    once = measure("AUPRO, 200 thresholds, regions labelled once", lambda: threshold_aupro(maps, masks, relabel=False))
-    for name, other in ("as published (labelling in the loop)", loop), ("labelling once", once):
-        print(f"exact engine against scikit-learn + 200 thresholds, {name}: {(three[2] + other[2]) / ours[2]:.0f} x "
-              f"(processor seconds), {(three[1] + other[1]) / ours[1]:.0f} x (wall)")
-
-    spiked = maps.copy()
-    spiked[0, 0, 0] = 3 * maps.max()
-    spiked_row = metrics.evaluate(spiked, *data[1:])["mixed"]
-    print(f"\n{'recipe':<58}{'value':>9}{'one outlier pixel':>20}")
-    for name, recipe in (
-            ("AUPRO, ours: the definition", None),
-            ("  200 thresholds, FPR / its maximum (Dinomaly)", lambda m: threshold_aupro(m, masks, relabel=False)),
-            ("  100 thresholds, FPR min-max (ADer, Omni-AD)",
-             lambda m: threshold_aupro(m, masks, 100, "minmax", relabel=False)),
-            ("  per image, averaged (RD4AD)", lambda m: per_image_aupro(m, masks)),
-            ("  prediction dilated by 5 x 5 (SimpleNet)",
-             lambda m: threshold_aupro(m, masks, dilate=True, relabel=False))):
-        values = (row["p_aupro"], spiked_row["p_aupro"]) if recipe is None else (recipe(maps), recipe(spiked))
-        print(f"{name:<58}{values[0]:>9.4f}{values[1]:>20.4f}", flush=True)
-    print(f"{'P-F1max, ours: all thresholds':<58}{row['p_f1max']:>9.4f}{spiked_row['p_f1max']:>20.4f}")
-    print(f"{'  21 thresholds (ADer, Omni-AD)':<58}{f1_of_21_thresholds(maps, masks):>9.4f}"
-          f"{f1_of_21_thresholds(spiked, masks):>20.4f}")
+    few = args.maps < 200
+    data = make(args.maps, 1 if few else 15)
+    ours, three = compare(data, args.repeat)
+    if few:
+        threshold_loops(data, ours, three)
+        recipes(data, ours[0]["mixed"])
 
 
 if __name__ == "__main__":

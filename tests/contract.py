@@ -5,6 +5,7 @@
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def check_files(finished, method):
     """
     out, done = finished
     result = json.loads((out / "metrics.json").read_text())
-    assert set(result) - {"shift", "compare"} == {"method", "data", "setting", "classes", "mean", "mixed", "paper",
+    assert set(result) - {"shift", "compare", "problems"} == {"method", "data", "setting", "classes", "mean", "mixed", "paper",
                                                   "images", "seconds", "speed", "versions", "seed", "commit"}
     for speed in result["speed"].values():
         assert speed["images_per_s"] > 0 and 0 <= speed["data_wait"] <= 1
@@ -92,15 +93,45 @@ def check_killed_and_resumed(script, words, finished, out, command, metrics_of):
 
 
 def check_predict(script, columns, finished, tiny_data, out, command):
-    """Scores and heat-maps of unlabelled images, without the training data; a score equals the evaluation's."""
+    """Scores and heat-maps of unlabelled images, without the training data; a score equals the evaluation's. What is no
+    image costs its own row only, and the status. columns: the method's own."""
     chosen, folder = list(csv.DictReader(open(finished[0] / "scores.csv")))[3], tiny_data / "screw" / "train"
-    done = command(script.__name__, "--eval", finished[0] / "checkpoint.pt", "--predict", chosen["path"], folder,
-                   "--out", out)
-    assert done.status == 0
+    out.parent.mkdir(exist_ok=True)
+    broken = out.parent / "text.png"
+    broken.write_text("no picture")
+    words = ("--eval", finished[0] / "checkpoint.pt", "--predict", chosen["path"], broken, folder, "--out", out)
+    done = command(script.__name__, *words)
+    assert done.status == 1 and "text.png" in done.err and done.err.count("\n") == 1
     written = list(csv.DictReader(open(out / "predictions.csv")))
-    assert list(written[0]) == ["path", "score", *columns] and len(written) == 7
+    assert list(written[0]) == ["path", "score", "ratio", "verdict", *columns, "reason"] and len(written) == 8
     assert float(written[0]["score"]) == pytest.approx(float(chosen["score"]), rel=1e-4)
-    assert len(list((out / "pictures").iterdir())) == 7
+    assert [bool(row["score"]) for row in written] == [bool(not row["reason"]) for row in written]
+    assert [row["path"] for row in written if row["reason"]] == [str(broken)]
+    assert len(list((out / "pictures").rglob("*.png"))) == 7 and (out / "predictions.html").is_file()
+
+
+def check_good_images_only(script, words, tiny_data, folder, command):
+    """A folder of nothing but good images: trained but for those held out, whose scores set the threshold; then
+    pictures are predicted. words: of a small run, without its data."""
+    home = folder / "mine"
+    shutil.copytree(tiny_data / "screw" / "train" / "good", home / "screws")
+    done = command(script.__name__, *words, "--data", home, "--out", folder / "run")
+    assert done.status == 0, done.err
+    assert done.err == "" and str(home) in done.out.splitlines()[0] and "--predict" in done.out.splitlines()[-1]
+    assert not (folder / "run" / "metrics.json").exists()
+    found = json.loads((folder / "run" / "threshold.json").read_text())
+    rows = list(csv.DictReader(open(folder / "run" / "scores.csv")))
+    assert found["held out"] == len(rows) == 1 and found["method"] == script.__name__
+    checkpoint = folder / "run" / "checkpoint.pt"
+    assert torch.load(checkpoint, weights_only=True)["normal_score"] == found["threshold"] == float(rows[0]["score"])
+    done = command(script.__name__, "--eval", checkpoint, "--predict", rows[0]["path"], home, "--out", folder / "p")
+    assert done.status == 0, done.err
+    first = next(csv.DictReader(open(folder / "p" / "predictions.csv")))
+    assert first["path"] == rows[0]["path"] and float(first["score"]) == pytest.approx(found["threshold"], rel=1e-4)
+    refused = command(script.__name__, *words, "--data", home, "--out", folder / "run")
+    assert refused.status == 2 and "a finished run" in refused.err
+    refused = command(script.__name__, *words, "--data", home, "--out", folder / "q", "--shift", "all")
+    assert refused.status == 2 and "--shift needs test images" in refused.err
 
 
 def check_features_on_the_fly(script, words, folder, command):

@@ -747,7 +747,7 @@ def test_interrupted_in_stage_two_and_resumed(step, finished, tiny_data, tmp_pat
 
 
 def test_predict(finished, tiny_data, tmp_path, command):
-    contract.check_predict(cada, ("ratio",), finished, tiny_data, tmp_path / "p", command)
+    contract.check_predict(cada, (), finished, tiny_data, tmp_path / "p", command)
 
 
 @pytest.mark.parametrize("words", [
@@ -902,6 +902,7 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
         (("--eval", checkpoint, "--contaminate", 0.5), "--contaminate"),
         (("--eval", checkpoint, "--predict", tiny_data, "--calibrate", "given"), "given"),
         (("--eval", checkpoint, "--predict", tiny_data, "--dropout", 0.5), "--predict"),
+        (("--eval", checkpoint, "--predict", tiny_data, "--smoothing", 0), "--smoothing"),
         ((*drawn, "--lr", "1e30", "--steps", 4), "NaN"),
     ]
     contract.check_bad_input(cada, cases, SMALL, finished, tmp_path, command)

@@ -15,36 +15,44 @@ def image():
     image = np.random.default_rng(0).integers(0, 256, (96, 80, 3), dtype=np.uint8)
     image[:32] = np.linspace(0, 255, 32 * 80 * 3).reshape(32, 80, 3)
     image[32:36, :64] = np.arange(256).reshape(4, 64)[..., None]
-    image[40:60, :10], image[40:60, 10:20], image[40:60, 20:30] = 0, 255, (255, 0, 128)
-    image[40:60, 30:40], image[40:60, 40:50], image[40:60, 50:60] = (90, 90, 20), (20, 90, 90), (90, 20, 90)
+    colours = [(0, 0, 0), (255, 255, 255), (255, 0, 128), (90, 90, 20), (20, 90, 90), (90, 20, 90)]
+    for i, colour in enumerate(colours):
+        image[40:60, 10 * i : 10 * i + 10] = colour
     return image
 
 
 def slow_brightness(image, severity):
     hsv = rgb2hsv(image / 255.0)
-    hsv[..., 2] = np.clip(hsv[..., 2] + (0.1, 0.2, 0.3, 0.4, 0.5)[severity - 1], 0, 1)
+    amount = (0.1, 0.2, 0.3, 0.4, 0.5)[severity - 1]
+    hsv[..., 2] = np.clip(hsv[..., 2] + amount, 0, 1)
     return (np.clip(hsv2rgb(hsv), 0, 1) * 255).astype(np.uint8)
 
 
 def slow_contrast(image, severity):
-    x, c = image / 255.0, (0.4, 0.3, 0.2, 0.1, 0.05)[severity - 1]
+    x = image / 255.0
+    c = (0.4, 0.3, 0.2, 0.1, 0.05)[severity - 1]
     m = np.mean(x, axis=(0, 1))
     return (np.clip((x - m) * c + m, 0, 1) * 255).astype(np.uint8)
 
 
 def slow_defocus(image, severity):
     """A loop over the disc, direct correlation; mode "mirror" is the border that OpenCV calls reflect-101."""
-    radius, sigma = ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))[severity - 1]
+    radius = (3, 4, 6, 8, 10)[severity - 1]
+    sigma = 0.1 if severity == 1 else 0.5
     half, reach = (8, 1) if radius <= 8 else (10, 2)
     disc = np.zeros((2 * half + 1, 2 * half + 1))
     for i in range(-half, half + 1):
         for j in range(-half, half + 1):
             disc[i + half, j + half] = i * i + j * j <= radius * radius
-    taps = np.array([np.exp(-k * k / (2 * sigma * sigma)) for k in range(-reach, reach + 1)])
+    k = np.arange(-reach, reach + 1)
+    taps = np.exp(-k * k / (2 * sigma * sigma))
     kernel = disc / disc.sum()
     for axis in (0, 1):
         kernel = correlate1d(kernel, taps / taps.sum(), axis=axis, mode="mirror")
-    x = np.stack([correlate(image[..., c] / 255.0, kernel, mode="mirror") for c in range(3)], axis=-1)
+    channels = []
+    for c in range(3):
+        channels.append(correlate(image[..., c] / 255.0, kernel, mode="mirror"))
+    x = np.stack(channels, axis=-1)
     return (np.clip(x + 1e-9, 0, 1) * 255).astype(np.uint8)
 
 
@@ -52,7 +60,8 @@ def slow_defocus(image, severity):
 @pytest.mark.parametrize("slow", [slow_brightness, slow_contrast, slow_defocus])
 def test_equals_the_slow_implementation(image, slow, severity):
     """Protects constants, colour model, border, kernel and truncation: every pixel is the same, not one level off."""
-    name = {slow_brightness: "brightness", slow_contrast: "contrast", slow_defocus: "defocus_blur"}[slow]
+    names = {slow_brightness: "brightness", slow_contrast: "contrast", slow_defocus: "defocus_blur"}
+    name = names[slow]
     result = corrupt(image, name, severity)
     assert result.dtype == np.uint8 and result.shape == image.shape
     np.testing.assert_array_equal(result, slow(image, severity))
@@ -63,16 +72,19 @@ def test_default_blur_has_the_published_size():
     """Protects the kernel of severity 3 through what can be counted by hand: i^2 + j^2 <= 36 holds for 113 pixels."""
     white = np.zeros((65, 65, 3), np.uint8)
     white[32, 32] = 255
-    wide = corrupt(np.repeat(np.repeat(white, 3, 0), 3, 1), "defocus_blur")  # a 3x3 spot reaches 6 + 1 + 1 pixels
+    larger = white.repeat(3, 0).repeat(3, 1)  # a spot of 3x3
+    wide = corrupt(larger, "defocus_blur")  # it reaches 6 + 1 + 1 pixels
     rows = np.flatnonzero(wide.any((1, 2)))
     assert rows.min() >= 97 - 8 and rows.max() <= 97 + 8
-    assert wide[97, 97, 0] == int(9 * 255 / 113)  # the middle of the disc is flat, so all nine pixels weigh 1/113
+    # the middle of the disc is flat, so all nine pixels weigh 1/113
+    assert wide[97, 97, 0] == int(9 * 255 / 113)
 
 
 @pytest.mark.parametrize("severity, sigma", [(1, 0.08), (2, 0.12), (3, 0.18), (4, 0.26), (5, 0.38)])
 def test_noise_has_the_stated_sigma_and_is_independent(severity, sigma):
     """Protects the strength of the noise (against many draws clipped and truncated alike) and its independence."""
-    noisy = corrupt(np.full((200, 200, 3), 128, np.uint8), "gaussian_noise", severity, seed=severity)
+    grey = np.full((200, 200, 3), 128, np.uint8)
+    noisy = corrupt(grey, "gaussian_noise", severity, seed=severity)
     draws = np.random.default_rng(1).normal(size=10**6) * sigma
     expected = np.floor(np.clip(128 / 255 + draws, 0, 1) * 255)
     assert noisy.std() == pytest.approx(expected.std(), rel=0.02)

@@ -350,6 +350,11 @@ for function, arguments in calls:
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 torch.compile(lambda q: kernels.cross_attention(q, q, q, dropout_p=0.2), fullgraph=True, backend="aot_eager")(q)
+if backend == "triton":  # as on a GPU: "auto" runs its trial while torch.compile traces
+    kernels.backend.on_gpu = lambda tensor: True
+    compiled = torch.compile(lambda q: kernels.cross_attention(q, q, q), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q), kernels.cross_attention(q, q, q, backend="triton"))
+    assert kernels.backend._works.cache_info().currsize == 1
 print("equal")
 """
 

@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import nn
 
-from kernels import cosine_loss, cosine_map, cross_attention
+from kernels import cosine_loss, cosine_map, cross_attention, few_token_attention
 from kernels.backend import INTERPRET, HAS_TRITON
+from kernels.few_tokens import map_reads, tokens_read
 
 pytestmark = [] if INTERPRET else [pytest.mark.gpu]
 if not HAS_TRITON:
@@ -119,7 +120,7 @@ def heads(batch, H, N, D, layout="split"):
 
 def want_programs(monkeypatch, programs):
     """A long side is split until a launch has this many programs, into as little as one block each."""
-    module = sys.modules["kernels.cross_attention"]
+    module = sys.modules["kernels.cross_attention"]  # the function of this name hides it in the package
     monkeypatch.setattr(module, "cores", lambda device: programs)
     monkeypatch.setattr(module, "PROGRAMS_PER_CORE", 1)
     monkeypatch.setattr(module, "BLOCKS_PER_SPLIT", 1)
@@ -216,11 +217,13 @@ def philox(seed, c0, c1, rounds=10):
     return np.stack([c0, c1, c2, c3], axis=-1)
 
 
-@pytest.mark.parametrize("N, M", [(70, 10), (10, 70), (70, 91)])
-def test_attention_dropout(zones, N, M):
+@pytest.mark.parametrize("N, M, interleave", [(70, 10, True), (10, 70, False), (70, 91, True), (70, 91, False)])
+def test_attention_dropout(zones, monkeypatch, N, M, interleave):
     """Dropout is the published generator applied to the weight's position (a counter for four keys that follow each
     other, a word for each), the same in the forward and in all backward kernels: a second implementation of both gives
-    the same output and gradients."""
+    the same output and gradients, however the kernels lay out the words."""
+    if INTERPRET:  # a compiled kernel must not find it changed
+        monkeypatch.setattr(sys.modules["kernels.cross_attention"], "INTERLEAVE", interleave)
     B, H, D, dropout_p, seed = 2, 2, 16, 0.3, 1234567
     q, k, v, upstream = heads(1, H, N, D), heads(B, H, M, D), heads(B, H, M, D), heads(B, H, N, D)
     fours = -(-M // 4)
@@ -358,6 +361,82 @@ def test_cosine_of_mixed_dtypes(zones):
         grads = [torch.autograd.grad(loss, students)[0] for loss in (ours, plain)]
         assert grads[0].dtype == torch.bfloat16
         torch.testing.assert_close(*grads, rtol=2e-2, atol=1e-5)  # the interpreter truncates to bf16
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# few_token_attention
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def run_tokens_read(inputs, upstream, dtype, backend, zones=None):
+    """What the folded tokens read, and the gradients of tokens and map."""
+    tokens, x = (place(t, dtype, zones) for t in inputs)
+    out = tokens_read(tokens, x, 1e-5, backend)
+    return [out.detach(), *torch.autograd.grad(out, (tokens, x), upstream.to(DEVICE, dtype))]
+
+
+def run_map_reads(inputs, upstream, dtype, backend, zones=None):
+    """What a map reads from 3 heads' tokens, and the gradients of map, keys, bias, values and output bias."""
+    inputs = [place(t, dtype, zones) for t in inputs]
+    out = map_reads(*inputs, 3, 1e-5, backend)
+    return [out.detach(), *torch.autograd.grad(out, inputs, place(upstream, dtype, zones).detach())]
+
+
+def place(x, dtype, zones):
+    x = x.to(DEVICE, dtype)
+    return (x if zones is None else zones.around(x, x.stride())).detach().requires_grad_()
+
+
+@pytest.mark.parametrize(
+    "tokens, positions, width, dtype",
+    [
+        (3, 50, 24, "float32"),
+        (1, 7, 40, "float32"),  # one token a head
+        (10, 90, 33, "float32"),  # rows that start at odd addresses
+        (17, 70, 64, "float32"),  # two blocks of tokens a head
+        (10, 49, 24, "float16"),
+        (3, 90, 40, "bfloat16"),
+    ],
+)
+def test_few_tokens(zones, monkeypatch, tokens, positions, width, dtype):
+    """Both directions with LayerNorm, output and gradients, for maps with a mean and a deviation of their own, which
+    are stored with gaps between rows; few and many programs a map."""
+    torch.manual_seed(0)
+    few = 0.3 * torch.randn(2, 3 * tokens, width)
+    many = (2 * torch.randn(2, positions, width + 8) + 3)[..., :width]
+    values, bias, out_bias = torch.randn(2, 3 * tokens, width), torch.randn(2, 3 * tokens), torch.randn(width)
+    dtype = getattr(torch, dtype)
+    for programs in (64, 1):
+        want_programs(monkeypatch, programs)
+        for run, inputs, rows in (
+            (run_tokens_read, (few, many), 3 * tokens),
+            (run_map_reads, (many, few, bias, values, out_bias), positions),
+        ):
+            inputs = [t.to(dtype).float() for t in inputs]
+            upstream = torch.randn(2, rows, width)
+            exact = run(inputs, upstream.to(dtype), torch.float64, "torch")
+            check(run(inputs, upstream, dtype, "triton", zones), run(inputs, upstream, dtype, "torch"), exact)
+
+
+def test_few_tokens_whole():
+    """The function with its norms and projections, in both directions, all gradients; and under autocast, where the
+    map is fp32 and what is multiplied bf16."""
+    parts = [nn.LayerNorm(24), nn.LayerNorm(24), *(nn.Linear(24, 24) for _ in range(4))]
+    parts = [part.to(DEVICE) for part in parts]
+    few, many = torch.randn(2, 3, 24, device=DEVICE), torch.randn(2, 60, 24, device=DEVICE) + 2
+    for x, y in ((few, many), (many, few)):
+        leaves = [x.requires_grad_(), y.requires_grad_(), *(p for part in parts for p in part.parameters())]
+        for autocast in (False, True):
+            results = []
+            for backend in ("triton", "torch"):
+                with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
+                    out = few_token_attention(x, y, *parts, 2, backend=backend)
+                assert out.dtype == (torch.bfloat16 if autocast else torch.float32)
+                results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+            tolerance = 0.05 if autocast else 1e-5
+            for ours, plain in zip(*results, strict=True):
+                size = plain.abs().max().item() + 1  # a gradient that is zero is noise
+                assert (ours - plain).abs().max() <= tolerance * size
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What names of folders and files mean: labels, masks of other tools, folders of one's own, joined and linked folders."""
+"""What names of folders and files mean: labels, masks of other tools, folders of one's own, joined and linked ones."""
 
 import json
 import os
@@ -50,8 +50,9 @@ def problem(dataset, kind):
 # ------------------------------------------------------------------------------------------------- labels
 
 
-@pytest.mark.parametrize("name", ["good", "Good", "GOOD", "ok", "OK", "Ok", "okay", "normal", "Normal", "normals", "fine",
-                                  "passed", "defect-free", "Defect_Free", "no defect", "nominal", "anomaly free"])
+@pytest.mark.parametrize("name", [
+    "good", "Good", "GOOD", "ok", "OK", "Ok", "okay", "normal", "Normal", "normals", "fine", "passed",
+    "defect-free", "Defect_Free", "no defect", "nominal", "anomaly free"])
 def test_normal_folders_in_any_spelling(tmp_path, name):
     """Protects the labels: images in test/OK and the like are good, in train and test, and called "good"."""
     fill(tmp_path / "nut", train=f"train/{name}", good=f"test/{name}")
@@ -119,13 +120,14 @@ def test_what_has_no_label_is_left_out_and_named(tmp_path):
     "test/ground_truth/hole/{}.png", "test/masks/{}.png",
     "ground_truth/hole/{}/000.png", "ground_truth/hole/{}/mask.png"])
 def test_masks_wherever_tools_put_them(tmp_path, place):
-    """Protects pixel labels: each arrangement gives every defective image its own mask, and no mask becomes an image."""
+    """Protects pixel labels: every defective image gets its own mask in each arrangement, no mask becomes an image."""
     fill(tmp_path / "nut")
     for i in range(2):
         save(tmp_path / "nut" / place.format(f"{i:03}"), mask(i))
     ds = data.load(str(tmp_path))
     assert len(ds.train) == 3
-    assert [(s.label, s.image.name) for s in ds.test] == [(0, "000.png"), (0, "001.png"), (1, "000.png"), (1, "001.png")]
+    assert [s.image.name for s in ds.test] == ["000.png", "001.png"] * 2
+    assert [s.label for s in ds.test] == [0, 0, 1, 1]
     for i, sample in enumerate(ds.test[2:]):
         np.testing.assert_array_equal(data.read_mask(sample.mask), mask(i) > 0)
     assert [line for line in ds.problems if not line.startswith("masks found beside")] == []
@@ -199,6 +201,16 @@ def test_training_without_a_test_set(tmp_path, places, classes, said):
         data.load(str(tmp_path / "mine"))
 
 
+@pytest.mark.parametrize("place", ["nut/train/good", "nut/train", "nut/Good", "nut"])
+def test_the_class_is_not_called_good(tmp_path, monkeypatch, place):
+    """Protects tables and predictions: a folder deep in a data set is called by what lies in it, not "good"."""
+    save(tmp_path / "nut/train/good/0.png")
+    save(tmp_path / "nut/Good/0.png")
+    assert data.load(str(tmp_path / place), need_test=False).classes == ["nut"]
+    monkeypatch.chdir(tmp_path / place)
+    assert data.load(".", need_test=False).classes == ["nut"]
+
+
 def test_some_classes_without_a_test_set(tmp_path):
     """Protects a mixture: classes with test images keep them, the others are trained on."""
     fill(tmp_path / "nut")
@@ -235,7 +247,7 @@ def test_each_kind_of_problem_is_one_line(tmp_path):
 
 
 def test_copies_of_training_images_are_found(tmp_path):
-    """Protects from a test on what was trained on: same content under any name, also where all files are equally long."""
+    """Protects from a test on what was trained on: same content under any name, also where all are equally long."""
     fill(tmp_path / "nut")
     for i in range(4):  # uncompressed: equal lengths, equal heads and tails
         pixels = np.zeros((64, 64, 3), np.uint8)

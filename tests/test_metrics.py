@@ -28,14 +28,18 @@ from common.bounded import intervals, keys_of
 # ------------------------------------------------------------------------------------------------- slow references
 def literal_aupro(maps, masks, limit=0.3):
     """The definition: every distinct score is a threshold, every region counts the same, straight lines between."""
-    regions = [m[r == i] for m, r in zip(maps, (label_regions(g, connectivity=2) for g in masks))
-               for i in range(1, r.max() + 1)]
+    regions = []  # the scores of each
+    for a_map, mask in zip(maps, masks):
+        labels = label_regions(mask, connectivity=2)
+        regions += [a_map[labels == i] for i in range(1, labels.max() + 1)]
     negatives = maps[~masks]
     x0, y0, area = 0.0, 0.0, 0.0
     for t in np.unique(maps)[::-1]:
-        x1, y1 = np.mean(negatives >= t), np.mean([np.mean(region >= t) for region in regions])
+        x1 = np.mean(negatives >= t)
+        y1 = np.mean([np.mean(region >= t) for region in regions])
         if x1 > limit:
-            return (area + (limit - x0) * (y0 + y0 + (y1 - y0) * (limit - x0) / (x1 - x0)) / 2) / limit
+            y_limit = y0 + (y1 - y0) * (limit - x0) / (x1 - x0)
+            return (area + (limit - x0) * (y0 + y_limit) / 2) / limit
         area += (x1 - x0) * (y0 + y1) / 2
         x0, y0 = x1, y1
 
@@ -49,16 +53,20 @@ def full_sort_aupro(maps, masks, limit=0.3):
         number += n
     flat = maps.ravel()
     order = np.argsort(flat)[::-1]
-    last = np.append(flat[order][1:] != flat[order][:-1], True)             # of each run of equal scores
-    x = np.append(0, (np.cumsum(~masks.ravel()[order]) / np.sum(~masks))[last])
-    y = np.append(0, (np.cumsum(weight.ravel()[order]) / number)[last])
+    descending = flat[order]
+    last = np.append(descending[1:] != descending[:-1], True)  # of each run of equal scores
+    fpr = np.cumsum(~masks.ravel()[order]) / np.sum(~masks)
+    pro = np.cumsum(weight.ravel()[order]) / number
+    x = np.append(0, fpr[last])
+    y = np.append(0, pro[last])
     y_limit = np.interp(limit, x, y)
     keep = x <= limit
     return trapezoid(np.append(y[keep], y_limit), np.append(x[keep], limit)) / limit
 
 
 def trapezoid(y, x):
-    return float(np.sum((y[1:] + y[:-1]) * np.diff(x)) / 2)
+    heights = (y[1:] + y[:-1]) / 2
+    return float(np.sum(heights * np.diff(x)))
 
 
 def sklearn_three(scores, labels):
@@ -66,6 +74,11 @@ def sklearn_three(scores, labels):
     precision, recall, _ = precision_recall_curve(labels, scores)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-300)
     return roc_auc_score(labels, scores), average_precision_score(labels, scores), f1.max()
+
+
+def coordinates(mask):
+    """The pixels of each region of a mask, as indices."""
+    return [tuple(region.coords.T) for region in regionprops(label_regions(mask))]
 
 
 def threshold_aupro(maps, masks, thresholds=200, rescale="max", dilate=False, relabel=True):
@@ -76,16 +89,16 @@ def threshold_aupro(maps, masks, thresholds=200, rescale="max", dilate=False, re
     the labelling out of the loop: the same numbers, sooner.
     """
     low, high = maps.min(), maps.max()
-    regions = None if relabel else [[tuple(r.coords.T) for r in regionprops(label_regions(g))] for g in masks]
+    known = [coordinates(mask) for mask in masks]
     fprs, pros = [], []
     for t in np.arange(thresholds) * ((high - low) / thresholds) + low:
         predicted = maps > t
         if dilate:
             predicted = ndimage.binary_dilation(predicted, np.ones((1, 5, 5)))
         found = []
-        for i, (p, g) in enumerate(zip(predicted, masks)):
-            coords = [tuple(r.coords.T) for r in regionprops(label_regions(g))] if relabel else regions[i]
-            found += [p[c].mean() for c in coords]
+        for i in range(len(masks)):
+            regions = coordinates(masks[i]) if relabel else known[i]
+            found += [predicted[i][region].mean() for region in regions]
         pros.append(np.mean(found))
         fprs.append(np.logical_and(predicted, ~masks).sum() / np.sum(~masks))
     fprs, pros = np.array(fprs)[::-1], np.array(pros)[::-1]
@@ -96,7 +109,11 @@ def threshold_aupro(maps, masks, thresholds=200, rescale="max", dilate=False, re
 
 def per_image_aupro(maps, masks):
     """RD4AD: 200 thresholds on each defective image by itself, averaged."""
-    return float(np.mean([threshold_aupro(m[None], g[None]) for m, g in zip(maps, masks) if g.any()]))
+    values = []
+    for a_map, mask in zip(maps, masks):
+        if mask.any():
+            values.append(threshold_aupro(a_map[None], mask[None]))
+    return float(np.mean(values))
 
 
 def f1_of_21_thresholds(maps, masks):
@@ -112,7 +129,8 @@ def f1_of_21_thresholds(maps, masks):
 def synthetic(n, size=256, seed=0, dtype=np.float32):
     """Smooth noise with bumps at the defects of two images in three: maps, masks, image scores, labels."""
     rng = np.random.default_rng(seed)
-    maps, masks = np.zeros((n, size, size), dtype), np.zeros((n, size, size), bool)
+    maps = np.zeros((n, size, size), dtype)
+    masks = np.zeros((n, size, size), bool)
     y, x = np.mgrid[:size, :size]
     for i in range(n):
         noise = ndimage.gaussian_filter(rng.standard_normal((size, size)), size / 64)
@@ -122,7 +140,8 @@ def synthetic(n, size=256, seed=0, dtype=np.float32):
             r = rng.integers(max(2, size // 24), max(4, size // 8))
             distance = (y - cy) ** 2 + (x - cx) ** 2
             masks[i] |= distance < r ** 2
-            maps[i] += (rng.uniform(0.1, 0.4) * np.exp(-distance / (1.5 * r ** 2))).astype(dtype)
+            bump = rng.uniform(0.1, 0.4) * np.exp(-distance / (1.5 * r ** 2))
+            maps[i] += bump.astype(dtype)
     return maps, masks, maps.max((1, 2)), masks.any((1, 2))
 
 
@@ -135,12 +154,14 @@ def case(kind, seed):
     rng = np.random.default_rng([KINDS.index(kind), seed])
     n = rng.integers(1, 7)
     h, w = rng.integers(1, 4, 2) if kind == "tiny" else rng.integers(3, 13, 2)
-    maps = rng.standard_normal((n, h, w)).astype(rng.choice([np.float32, np.float64]))
+    maps = rng.standard_normal((n, h, w))
+    maps = maps.astype(rng.choice([np.float32, np.float64]))
     masks = rng.random((n, h, w)) < rng.choice([0.05, 0.3, 0.6])
     masks[rng.random(n) < 0.3] = False
     if kind == "dots":                                   # every region is one pixel
         masks[:] = False
-        masks[:, ::2, ::2] = rng.random(masks[:, ::2, ::2].shape) < 0.7
+        dots = masks[:, ::2, ::2]
+        dots[:] = rng.random(dots.shape) < 0.7
     if kind in ("inverted", "perfect"):
         maps = (masks + 0.3 * maps) * (-1 if kind == "inverted" else 1)
     if kind == "tied":
@@ -150,15 +171,19 @@ def case(kind, seed):
     if kind == "heavy tail":
         maps = np.exp(4 * maps)
     if kind == "zeros":                                  # 0.0 and -0.0 are one score
-        maps = np.where(rng.random(maps.shape) < 0.5, rng.choice([-0.0, 0.0], maps.shape), maps).astype(maps.dtype)
+        chosen = rng.random(maps.shape) < 0.5
+        zeros = rng.choice([-0.0, 0.0], maps.shape)
+        maps = np.where(chosen, zeros, maps).astype(maps.dtype)
     if kind == "extreme":
-        maps = np.clip(maps * 10.0 ** rng.choice([-300, -40, 0, 37], maps.shape), -3e38, 3e38)
+        exponent = rng.choice([-300, -40, 0, 37], maps.shape)
+        maps = np.clip(maps * 10.0 ** exponent, -3e38, 3e38)
     if kind == "crowded float64":                        # distinct in float64, all equal in float32
         maps = 1 + 1e-12 * rng.integers(0, 50, maps.shape)
     if kind == "float16":
         maps = maps.astype(np.float16)
     scores = np.round(rng.standard_normal(n), rng.integers(0, 3))
-    classes = rng.choice(["a", "b", "c"][:3 if kind == "many classes" else rng.integers(1, 3)], n)
+    number = 3 if kind == "many classes" else rng.integers(1, 3)
+    classes = rng.choice(["a", "b", "c"][:number], n)
     return maps, masks, scores, masks.any((1, 2)), classes
 
 
@@ -175,16 +200,45 @@ def views(report):
 
 def assert_same(a, b, tolerance=1e-12):
     """Two reports have the same numbers, up to rounding."""
-    assert a["engine"] == b["engine"] and a["images"] == b["images"] and a["classes"].keys() == b["classes"].keys()
+    assert (a["engine"], a["images"]) == (b["engine"], b["images"])
+    assert a["classes"].keys() == b["classes"].keys()
     for name, row in views(a).items():
         for key, value in row.items():
             other = views(b)[name][key]
             assert value == other or abs(value - other) <= tolerance, (name, key)
     if "error_bounds" in a:
-        assert_same({**a["error_bounds"], "engine": 0, "images": 0}, {**b["error_bounds"], "engine": 0, "images": 0})
+        rest = {"engine": 0, "images": 0}
+        assert_same(a["error_bounds"] | rest, b["error_bounds"] | rest)
 
 
 # ------------------------------------------------------------------------------------------------- right, whatever
+def reference(maps, masks, scores, labels):
+    """All seven metrics by scikit-learn and the literal AUPRO: {metric: value}, None where undefined."""
+    maps = maps.astype(np.float64)
+    expected = dict.fromkeys(metrics.METRICS)
+    if 0 < labels.sum() < labels.size:
+        expected.update(zip(metrics.IMAGE_METRICS, sklearn_three(scores, labels)))
+    if 0 < masks.sum() < masks.size:
+        aupro = literal_aupro(maps, masks)
+        assert abs(full_sort_aupro(maps, masks) - aupro) < 1e-9
+        three = sklearn_three(maps.ravel(), masks.ravel())
+        expected.update(zip(metrics.PIXEL_METRICS, (*three, aupro)))
+    seven = list(expected.values())[:-1]
+    if None not in seven:
+        expected["mad"] = np.mean(seven)
+    return expected
+
+
+def assert_three(row, keys, expected):
+    """The first three of the metrics `keys` are those expected, up to rounding."""
+    assert np.allclose([row[key] for key in keys[:3]], expected, rtol=0, atol=1e-9)
+
+
+def view_of(report, name):
+    """The row of a class, or, for None, of the pool."""
+    return report["mixed"] if name is None else report["classes"][str(name)]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_to_scikit_learn_and_to_the_literal_aupro(kind):
     """All seven metrics of every class and of the pool, 13 kinds x 45 cases = 585, within 1e-9; None where undefined.
@@ -201,24 +255,19 @@ def test_equal_to_scikit_learn_and_to_the_literal_aupro(kind):
             bounded = quiet(maps, masks, scores, labels, classes, engine="bounded")
         for name in [*np.unique(classes), None]:
             chosen = np.ones(len(maps), bool) if name is None else classes == name
-            m, g, s, y = maps[chosen].astype(np.float64), masks[chosen], scores[chosen], labels[chosen]
-            expected = dict.fromkeys(metrics.METRICS)
-            if 0 < y.sum() < y.size:
-                expected.update(zip(metrics.IMAGE_METRICS, sklearn_three(s, y)))
-            if 0 < g.sum() < g.size:
-                expected.update(zip(metrics.PIXEL_METRICS, (*sklearn_three(m.ravel(), g.ravel()), literal_aupro(m, g))))
-                assert abs(full_sort_aupro(m, g) - expected["p_aupro"]) < 1e-9
-            if None not in list(expected.values())[:-1]:
-                expected["mad"] = np.mean(list(expected.values())[:-1])
-            row, middle, bound = (r["mixed"] if name is None else r["classes"][str(name)]
-                                  for r in (report, bounded, bounded["error_bounds"]))
+            expected = reference(maps[chosen], masks[chosen], scores[chosen], labels[chosen])
+            row = view_of(report, name)
+            middle = view_of(bounded, name)
+            bound = view_of(bounded["error_bounds"], name)
             for key in metrics.METRICS:
+                where = seed, name, key
                 if expected[key] is None:
-                    assert row[key] is None and middle[key] is None and bound[key] is None, (seed, name, key)
+                    assert row[key] is None and middle[key] is None and bound[key] is None, where
                     continue
-                assert type(row[key]) is type(middle[key]) is float and 0 <= row[key] <= 1 and 0 <= middle[key] <= 1
-                assert abs(row[key] - expected[key]) < 1e-9, (seed, name, key)
-                assert abs(middle[key] - expected[key]) <= bound[key] + 1e-12, (seed, name, key)
+                assert isinstance(row[key], float) and 0 <= row[key] <= 1, where
+                assert isinstance(middle[key], float) and 0 <= middle[key] <= 1, where
+                assert abs(row[key] - expected[key]) < 1e-9, where
+                assert abs(middle[key] - expected[key]) <= bound[key] + 1e-12, where
                 compared += 1
     assert compared > 200
 
@@ -228,18 +277,20 @@ def test_equal_to_scikit_learn_and_to_the_literal_aupro(kind):
                 min_size=2, max_size=40))
 def test_image_metrics_and_best_threshold_on_any_floats(pairs):
     """Whatever finite scores hypothesis finds: image metrics equal scikit-learn's, and the threshold gives that F1."""
-    scores, labels = np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])
-    maps, masks = np.zeros((len(pairs), 2, 2)), np.zeros((len(pairs), 2, 2))
-    row = quiet(maps, masks, scores, labels, ["c"] * len(pairs))["mixed"]
+    scores = np.array([score for score, _ in pairs])
+    labels = np.array([label for _, label in pairs])
+    nothing = np.zeros((len(pairs), 2, 2))
+    row = quiet(nothing, nothing, scores, labels, ["c"] * len(pairs))["mixed"]
     threshold = metrics.best_f1_threshold(scores, labels)
     if labels.all() or not labels.any():
         assert row["i_auroc"] is row["i_ap"] is row["i_f1max"] is None
         assert (threshold is None) == (not labels.any())
         return
     auroc, ap, f1 = sklearn_three(scores, labels)
-    assert np.allclose([row["i_auroc"], row["i_ap"], row["i_f1max"]], [auroc, ap, f1], rtol=0, atol=1e-9)
+    assert_three(row, metrics.IMAGE_METRICS, (auroc, ap, f1))
     found = scores >= threshold
-    assert 2 * (found & labels).sum() / (found.sum() + labels.sum()) == pytest.approx(f1, abs=1e-12)
+    f1_there = 2 * (found & labels).sum() / (found.sum() + labels.sum())
+    assert f1_there == pytest.approx(f1, abs=1e-12)
 
 
 def test_ranker_agrees_with_binary_search():
@@ -249,20 +300,30 @@ def test_ranker_agrees_with_binary_search():
         info = np.iinfo(kind)
         for k in 0, 1, 2, 1000, 30000:
             crowd = rng.integers(-1000, 1000, k // 2)
-            keys = np.unique(np.concatenate([crowd, rng.integers(info.min, info.max, k - k // 2, kind)])).astype(kind)
-            asked = np.concatenate([keys, keys[keys > info.min] - 1, rng.integers(info.min, info.max, 5000, kind),
-                                    rng.integers(-1000, 1000, 5000), [info.min, info.max - 1]]).astype(kind)
+            spread = rng.integers(info.min, info.max, k - k // 2, kind)
+            keys = np.unique(np.concatenate([crowd, spread])).astype(kind)
+            just_below = keys[keys > info.min] - 1
+            anywhere = rng.integers(info.min, info.max, 5000, kind)
+            near = rng.integers(-1000, 1000, 5000)
+            asked = np.concatenate([keys, just_below, anywhere, near, [info.min, info.max - 1]])
+            asked = asked.astype(kind)
             left = np.searchsorted(keys, asked)
-            assert np.array_equal(metrics.Ranker(keys).codes(asked), 2 * left + np.isin(asked, keys))
+            codes = metrics.Ranker(keys).codes(asked)
+            assert np.array_equal(codes, 2 * left + np.isin(asked, keys))
 
 
 def test_keys_are_in_the_order_of_the_floats():
     """The integers that stand for scores are ordered as the floats are, and equal where these are equal."""
     for dtype in np.float32, np.float64:
-        tiny, above_one = np.finfo(dtype).smallest_subnormal, np.nextafter(dtype(1), dtype(2))
-        x = np.array([-np.finfo(dtype).max, -2, -1, -tiny, -0.0, 0.0, tiny, 1, above_one, 2e30], dtype)
-        assert list(np.diff(keys_of(x, dtype)) > 0) == [True, True, True, True, False, True, True, True, True]
-        assert keys_of(x, dtype)[4] == keys_of(x, dtype)[5]
+        limits = np.finfo(dtype)
+        tiny = limits.smallest_subnormal
+        above_one = np.nextafter(dtype(1), dtype(2))
+        negative = [-limits.max, -2, -1, -tiny, -0.0]
+        positive = [0.0, tiny, 1, above_one, 2e30]
+        for half in (negative, positive):
+            assert (np.diff(keys_of(np.array(half, dtype), dtype)) > 0).all()
+        below, above = keys_of(np.array([-0.0, 0.0], dtype), dtype)
+        assert below == above
 
 
 # --------------------------------------------------------------------------------- the same, however the data arrive
@@ -276,11 +337,12 @@ def test_arrays_stream_tensors_and_lists_agree():
     parts = [order[:1], order[1:9], order[9:9], order[9:]]
     data = (maps, masks, scores, labels, classes)
     assert_same(expected, metrics.evaluate(tuple(x[i] for x in data) for i in parts))
-    tensors = [torch.from_numpy(x) for x in (maps, masks.astype(np.uint8) * 255, scores, labels.astype(np.int64))]
+    arrays = maps, masks.astype(np.uint8) * 255, scores, labels.astype(np.int64)
+    tensors = [torch.from_numpy(x) for x in arrays]
     assert_same(expected, metrics.evaluate(*tensors, list(classes)))
-    assert_same(expected, metrics.evaluate(list(maps), [g.astype(np.float32) for g in masks], list(scores),
-                                           [int(y) for y in labels], list(classes),
-                                           names=[f"{i}.png" for i in range(24)]))
+    lists = list(maps), list(masks.astype(np.float32)), list(scores), [int(y) for y in labels]
+    names = [f"{i}.png" for i in range(24)]
+    assert_same(expected, metrics.evaluate(*lists, list(classes), names=names))
     strided = maps.transpose(2, 0, 1).copy().transpose(1, 2, 0)
     assert_same(expected, metrics.evaluate(strided, masks, scores, labels, classes))
 
@@ -289,11 +351,11 @@ def test_images_of_different_sizes():
     """Images of one evaluation may differ in size: every pixel counts once, every region once."""
     a, b = synthetic(6, 32, seed=1), synthetic(6, 20, seed=2)
     report = metrics.evaluate([(*x, ["c"] * 6) for x in (a, b)])
-    together = [*a[0], *b[0]], [*a[1], *b[1]], np.append(a[2], b[2]), np.append(a[3], b[3])
+    together = [[*x, *y] for x, y in zip(a, b)]
     assert_same(report, metrics.evaluate(*together, ["c"] * 12))
-    scores, labels = (np.concatenate([a[i].ravel(), b[i].ravel()]) for i in (0, 1))
-    got = report["mixed"]
-    assert np.allclose([got["p_auroc"], got["p_ap"], got["p_f1max"]], sklearn_three(scores, labels), rtol=0, atol=1e-9)
+    scores = np.concatenate([a[0].ravel(), b[0].ravel()])
+    labels = np.concatenate([a[1].ravel(), b[1].ravel()])
+    assert_three(report["mixed"], metrics.PIXEL_METRICS, sklearn_three(scores, labels))
 
 
 def test_a_reused_buffer_does_not_change_what_was_added():
@@ -302,30 +364,32 @@ def test_a_reused_buffer_does_not_change_what_was_added():
     acc, classes = metrics.Accumulator(), ["c"] * 8
     arrays, tensors, lists = ([x.copy() for x in data] for _ in range(3))
     acc.update(*arrays, classes)
-    acc.update(*(torch.from_numpy(x) for x in tensors), classes)          # tensors that share the arrays' memory
-    acc.update(*(list(x) for x in lists), classes)                        # lists of views
+    acc.update(*map(torch.from_numpy, tensors), classes)  # tensors that share the arrays' memory
+    acc.update(*map(list, lists), classes)  # lists of views
     for x in arrays + tensors + lists:
         x[:] = 0
-    assert_same(acc.compute(), metrics.evaluate(*(np.concatenate([x] * 3) for x in data), classes * 3))
+    three_times = [np.concatenate([x] * 3) for x in data]
+    assert_same(acc.compute(), metrics.evaluate(*three_times, classes * 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_float_dtypes(dtype):
     """Half precision and double give what the same numbers in float32 or by scikit-learn give; dtypes may be mixed."""
-    maps, masks, scores, labels = (torch.from_numpy(x) for x in synthetic(9, 32, dtype=np.float64))
-    maps, classes = maps.to(dtype), ["a", "a", "b", "a", "b", "a", "b", "a", "b"]
+    maps, masks, scores, labels = map(torch.from_numpy, synthetic(9, 32, dtype=np.float64))
+    maps = maps.to(dtype)
+    classes = list("aabababab")
     report = metrics.evaluate(maps, masks, scores, labels, classes)
     three = sklearn_three(maps.double().numpy().ravel(), masks.numpy().ravel())
-    mixed = report["mixed"]
-    assert np.allclose([mixed["p_auroc"], mixed["p_ap"], mixed["p_f1max"]], three, rtol=0, atol=1e-9)
-    wide = maps.double()
-    halves = [(m[s], masks[s], scores[s], labels[s], classes[s]) for m, s in ((maps, slice(4)), (wide, slice(4, 9)))]
-    assert_same(report, metrics.evaluate(halves))
-    image_scores = scores.to(dtype)                                       # those too, as one tensor or as a list
+    assert_three(report["mixed"], metrics.PIXEL_METRICS, three)
+    first = [x[:4] for x in (maps, masks, scores, labels, classes)]
+    rest = [x[4:] for x in (maps.double(), masks, scores, labels, classes)]
+    assert_same(report, metrics.evaluate([first, rest]))
+    image_scores = scores.to(dtype)  # those too, as one tensor or as a list
     report = metrics.evaluate(maps, masks, image_scores, labels, classes)
     three = sklearn_three(image_scores.double().numpy(), labels.numpy())
-    assert np.allclose([report["mixed"][key] for key in metrics.IMAGE_METRICS], three, rtol=0, atol=1e-9)
-    assert_same(report, metrics.evaluate(list(maps), list(masks), list(image_scores), list(labels), classes))
+    assert_three(report["mixed"], metrics.IMAGE_METRICS, three)
+    lists = map(list, (maps, masks, image_scores, labels, classes))
+    assert_same(report, metrics.evaluate(*lists))
 
 
 @pytest.mark.parametrize("engine", ["exact", "bounded", "auto"])
@@ -334,7 +398,7 @@ def test_merging_is_associative_commutative_and_survives_pickling(engine, monkey
     monkeypatch.setattr("common.bounded.PAGES", 16)
     monkeypatch.setattr(metrics, "EXACT_PIXELS", 30 * 32 * 32)
     maps, masks, scores, labels = synthetic(40, 32)
-    maps[:9] *= 1e-3                                                      # other octaves in some parts than in others
+    maps[:9] *= 1e-3  # other octaves in some parts than in others
     maps[30] = -maps[30]
     classes = np.array(["a"] * 15 + ["b"] * 20 + ["c"] * 5)
     expected = metrics.evaluate(maps, masks, scores, labels, classes, engine=engine)
@@ -349,10 +413,11 @@ def test_merging_is_associative_commutative_and_survives_pickling(engine, monkey
     left = part(*cuts[0]).merge(b).merge(c).compute()
     right = part(*cuts[0]).merge(part(*cuts[1]).merge(c)).compute()
     other = part(*cuts[2]).merge(a).merge(b).compute()
-    empty = metrics.Accumulator(engine).merge(c).merge(b).merge(metrics.Accumulator(engine)).merge(a).compute()
-    for report in left, right, other, empty:
+    empty = metrics.Accumulator(engine)
+    empty.merge(c).merge(b).merge(metrics.Accumulator(engine)).merge(a)
+    for report in left, right, other, empty.compute():
         assert_same(expected, report)
-    assert_same(b.compute(), part(*cuts[1]).compute())                    # what was merged from is unchanged
+    assert_same(b.compute(), part(*cuts[1]).compute())  # what was merged from is unchanged
 
 
 def test_engine_is_chosen_by_size(monkeypatch):
@@ -394,9 +459,11 @@ def test_bins_of_one_score_each_are_recognised_as_exact():
     maps, masks, scores, labels = synthetic(12, 64)
     coarse = (maps - maps.mean()).astype(np.float16)
     crowded = 1 + 1e-12 * maps.astype(np.float64)
-    for exactly, m in (True, coarse), (True, np.full_like(maps, -0.7)), (False, maps), (False, crowded):
+    constant = np.full_like(maps, -0.7)
+    for exactly, m in (True, coarse), (True, constant), (False, maps), (False, crowded):
         arguments = m, masks, scores, labels, ["c"] * 12
-        exact, bounded = (metrics.evaluate(*arguments, engine=engine) for engine in ("exact", "bounded"))
+        exact = metrics.evaluate(*arguments, engine="exact")
+        bounded = metrics.evaluate(*arguments, engine="bounded")
         halves = [metrics.Accumulator("bounded") for _ in range(2)]
         for half, part in zip(halves, (slice(5), slice(5, 12))):
             half.update(*(x[part] for x in arguments))
@@ -414,12 +481,16 @@ def hostile(kind, shape, rng):
     if kind == "spike":
         return np.where(rng.random(shape) < 0.99, 0.5, u)
     if kind == "neighbours":
-        return np.float32(1) + np.float32(2 ** -23) * rng.integers(0, 8, shape, np.int32).astype(np.float32)
-    if kind == "neighbours among all floats":            # bins must be wide, and half of the scores fall in one
+        steps = rng.integers(0, 8, shape, np.int32).astype(np.float32)
+        return np.float32(1) + np.float32(2 ** -23) * steps
+    if kind == "neighbours among all floats":  # bins must be wide, and half of the scores fall in one
         return np.where(rng.random(shape) < 0.5, hostile("neighbours", shape, rng), everywhere)
-    return {"all floats": everywhere, "all of float64": sign * 10 ** rng.uniform(-320, 308, shape),
-            "denormal": (1e-42 * u).astype(np.float32), "saturated": (1 / (1 + np.exp(-30 * u))).astype(np.float32),
-            "largest": (np.finfo(np.float32).max * sign).astype(np.float32), "ties": np.round(2 * u)}[kind]
+    if kind == "all of float64":
+        return sign * 10 ** rng.uniform(-320, 308, shape)
+    sigmoid = 1 / (1 + np.exp(-30 * u))
+    scores = {"all floats": everywhere, "denormal": 1e-42 * u, "saturated": sigmoid,
+              "largest": np.finfo(np.float32).max * sign}
+    return scores[kind].astype(np.float32) if kind in scores else np.round(2 * u)  # ties
 
 
 @pytest.mark.parametrize("kind", ["spike", "neighbours", "neighbours among all floats", "all floats", "all of float64",
@@ -437,7 +508,8 @@ def test_bounds_hold_on_hostile_scores_in_any_order(kind):
     for name, row in views(exact).items():
         for key, value in row.items():
             middle = views(bounded)[name][key]
-            assert 0 <= middle <= 1 and abs(middle - value) <= views(bounded["error_bounds"])[name][key], (name, key)
+            bound = views(bounded["error_bounds"])[name][key]
+            assert 0 <= middle <= 1 and abs(middle - value) <= bound, (name, key)
     one_by_one = metrics.Accumulator("bounded")
     for i in rng.permutation(18):
         one_by_one.update(*(x[i:i + 1] for x in (maps, masks, scores, labels, classes)))
@@ -448,9 +520,12 @@ def test_bounds_cover_rounding():
     """Ten million masses of 1/60,000 in one bin add up to some 1e-12 less than they should: the bound knows."""
     mask = np.zeros((256, 256), bool)
     mask[:234] = True
-    maps, masks = (np.broadcast_to(x, (160, 256, 256)) for x in (np.full((256, 256), np.float32(0.3)), mask))
-    report = metrics.evaluate(maps, masks, np.arange(160), np.arange(160) % 2, ["c"] * 160, engine="bounded")
-    error = abs(report["mixed"]["p_aupro"] - 0.15)                        # a straight line to (1, 1), up to FPR 0.3
+    a_map = np.full((256, 256), np.float32(0.3))
+    maps = np.broadcast_to(a_map, (160, 256, 256))
+    masks = np.broadcast_to(mask, (160, 256, 256))
+    scores = np.arange(160)
+    report = metrics.evaluate(maps, masks, scores, scores % 2, ["c"] * 160, engine="bounded")
+    error = abs(report["mixed"]["p_aupro"] - 0.15)  # a straight line to (1, 1), up to FPR 0.3
     assert 2e-12 < error <= report["error_bounds"]["mixed"]["p_aupro"] < 2e-9
 
 
@@ -467,11 +542,14 @@ def test_intervals_are_the_extremes_of_all_orders():
         return metrics._bins(np.bincount(where), positives, positives / 4.0, 1)
     crowded = bins(np.array([9, 8, 5, 5, 5, 5, 2, 1, 0]))
     low, high = intervals(crowded, metrics.FPR_LIMIT * crowded.negatives)
-    seen = np.array([metrics._values(bins(np.concatenate([[9, 8], rng.integers(4, 8, 4), [2, 1, 0]])))
-                     for _ in range(2000)])
-    assert np.all(seen >= np.array(low) - 1e-12) and np.all(seen <= np.array(high) + 1e-12)
-    reached = np.abs(seen.min(0) - low)[[0, 2, 3]].tolist() + np.abs(seen.max(0) - high).tolist()
-    assert max(reached) < 1e-12 and seen.min(0)[1] - low[1] < 0.05
+    seen = []
+    for _ in range(2000):
+        order = np.concatenate([[9, 8], rng.integers(4, 8, 4), [2, 1, 0]])
+        seen.append(metrics._values(bins(order)))
+    lowest, highest = np.min(seen, 0), np.max(seen, 0)
+    above, below = lowest - low, high - highest  # what the interval gives away
+    assert (above >= -1e-12).all() and (below >= -1e-12).all()
+    assert above[[0, 2, 3]].max() < 1e-12 and below.max() < 1e-12 and above[1] < 0.05
 
 
 def test_bounded_memory_does_not_grow_with_the_number_of_images():
@@ -501,7 +579,7 @@ def _process(rank, folder, engine):
     metrics.EXACT_PIXELS = 35 * 32 * 32
     maps, masks, scores, labels, classes = _shared_data()
     mine = slice(0, 18) if rank == 0 else slice(18, 30)
-    maps = maps if rank else maps.astype(np.float32)                      # rank 0 too must compare in float64
+    maps = maps if rank else maps.astype(np.float32)  # rank 0 too must compare in float64
     acc = metrics.Accumulator(engine)
     acc.update(*(x[mine] for x in (maps, masks, scores, labels, classes)))
     report = metrics.reduce(acc)
@@ -518,9 +596,10 @@ def _processes(rank, folder):
 def _shared_data():
     maps, masks, scores, labels = synthetic(30, 32, dtype=np.float64)
     maps = maps.astype(np.float32).astype(np.float64)
-    maps[:18] *= 2.0 ** -10                                               # the processes' scores share no page of bins
-    maps[24:] = 1 + 1e-9 * maps[24:]                                      # distinct in float64 only
-    return maps, masks, scores, labels, np.array(["a"] * 10 + ["b"] * 12 + ["c"] * 8)
+    maps[:18] *= 2.0 ** -10  # the processes' scores share no page of bins
+    maps[24:] = 1 + 1e-9 * maps[24:]  # distinct in float64 only
+    classes = np.repeat(["a", "b", "c"], [10, 12, 8])
+    return maps, masks, scores, labels, classes
 
 
 def test_reduce_over_two_processes(tmp_path, monkeypatch):
@@ -552,7 +631,7 @@ def test_undefined_is_none_with_a_warning_and_left_out_of_the_mean(engine):
     with pytest.warns(UserWarning) as caught:
         report = metrics.evaluate(maps, masks, scores, labels, classes, engine=engine)
     said = sorted(str(w.message) for w in caught)
-    assert len(said) == 3                                                # bad: pixels have both labels
+    assert len(said) == 3  # bad: pixels have both labels
     assert all(c in s for c, s in zip(("'bad'", "'fine'", "'fine'"), said))
     assert "i_auroc, i_ap, i_f1max and mad" in said[0] and "p_aupro" in said[1] + said[2]
     for key in metrics.METRICS:
@@ -569,9 +648,11 @@ def test_undefined_is_none_with_a_warning_and_left_out_of_the_mean(engine):
 def test_an_inverted_model_is_not_flipped():
     """AUROC below one half is printed as it is."""
     maps, masks, scores, labels = synthetic(12, 32)
-    right, wrong = (metrics.evaluate(s * maps, masks, s * scores, labels, ["c"] * 12)["mixed"] for s in (1, -1))
-    assert wrong["p_auroc"] == pytest.approx(1 - right["p_auroc"], abs=1e-12) and wrong["p_auroc"] < 0.5
-    assert wrong["i_auroc"] == pytest.approx(1 - right["i_auroc"], abs=1e-12) and wrong["i_auroc"] < 0.5
+    right = metrics.evaluate(maps, masks, scores, labels, ["c"] * 12)["mixed"]
+    wrong = metrics.evaluate(-maps, masks, -scores, labels, ["c"] * 12)["mixed"]
+    for key in ("p_auroc", "i_auroc"):
+        assert wrong[key] == pytest.approx(1 - right[key], abs=1e-12)
+        assert wrong[key] < 0.5
 
 
 @pytest.mark.parametrize("what, change, message", [
@@ -627,8 +708,9 @@ def test_one_outlier_pixel_moves_threshold_recipes_but_not_ours():
         assert 1e-4 < abs(recipe(maps, masks) - ours["p_aupro"]) < 0.1
     assert 1e-4 < ours["p_f1max"] - f1_of_21_thresholds(maps, masks) < 0.1
     for key, recipe in ("p_aupro", threshold_aupro), ("p_f1max", f1_of_21_thresholds):
-        assert abs(recipe(outlier, masks) - recipe(maps, masks)) > 20 * abs(moved[key] - ours[key])
-        assert abs(moved[key] - ours[key]) < 1e-3
+        by_ours = abs(moved[key] - ours[key])
+        by_recipe = abs(recipe(outlier, masks) - recipe(maps, masks))
+        assert by_recipe > 20 * by_ours and by_ours < 1e-3
     assert threshold_aupro(maps, masks, relabel=False) == threshold_aupro(maps, masks)
 
 
@@ -641,7 +723,11 @@ def test_faster_than_scikit_learn():
         start = time.process_time()
         function()
         return time.process_time() - start
-    ours = min(seconds(lambda: metrics.evaluate(maps, masks, scores, labels, ["c"] * 12)) for _ in range(3))
+
+    def evaluate():
+        metrics.evaluate(maps, masks, scores, labels, ["c"] * 12)
+
+    ours = min(seconds(evaluate) for _ in range(3))
     theirs = seconds(lambda: sklearn_three(maps.ravel(), masks.ravel()))
     assert theirs > 8 * ours
 
@@ -650,5 +736,6 @@ def test_bench_streams_2000_maps_in_a_minute_and_600_mib():
     """The bench runs as its docstring says, and the bounded engine keeps to time and (resident) memory there."""
     bench = subprocess.run([sys.executable, "-m", "tests.bench_metrics", "--stream", "2000"], text=True, check=True,
                            capture_output=True, cwd=Path(__file__).resolve().parents[1])
-    wall, _, mib = next(line for line in bench.stdout.splitlines() if "2000 maps" in line).split()[-3:]
+    (line,) = [line for line in bench.stdout.splitlines() if "2000 maps" in line]
+    wall, _, mib = line.split()[-3:]
     assert float(wall) < 60 and (mib == "-" or float(mib) < 600)

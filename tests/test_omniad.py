@@ -479,7 +479,7 @@ def test_killed_and_resumed_is_uninterrupted(finished, tiny_data, tmp_path, comm
 
 def test_predict(finished, tiny_data, tmp_path, command):
     """The method's own column: the score as a share of the training images' 99 %."""
-    contract.check_predict(omniad, ("ratio",), finished, tiny_data, tmp_path / "p", command)
+    contract.check_predict(omniad, (), finished, tiny_data, tmp_path / "p", command)
 
 
 def test_corruption_and_options_at_evaluation(finished, tmp_path, command, metrics_of):
@@ -584,12 +584,12 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
         ((*drawn, "--corrupt", "fog"), "fog"),
         ((*drawn, "--out", finished[0]), "--overwrite"),
         ((*drawn, "--out", tmp_path / "none", "--resume"), "--resume"),
+        (("--eval", finished[0] / "checkpoint.pt", "--predict", tiny_data, "--sigma", 0), "--sigma"),
         (("--eval", tmp_path / "none.pt"), "none.pt"),
         (("--eval", tmp_path / "half.pt"), "half.pt"),
         (("--eval", tmp_path / "roads.pt"), "roads.pt"),
         (("--eval", checkpoint, "--depths", "2,1,1,1"), "checkpoint.pt"),
         (("--predict", tmp_path / "text.png"), "--eval"),
-        (("--eval", checkpoint, "--predict", tmp_path / "text.png"), "text.png"),
         ((*drawn, "--lr", "1e30", "--clip", "1e30", "--steps", 4), "NaN"),
     ]
     if not torch.cuda.is_available():

@@ -50,7 +50,10 @@ def test_parameter_counts_of_the_paper(changes, count):
 
 def test_parts_of_the_paper_model():
     model = onenip.OneNIP(272, 14, onenip.Args())
-    size = lambda *parts: sum(p.numel() for part in parts for p in part.parameters())
+
+    def size(*parts):
+        return sum(p.numel() for part in parts for p in part.parameters())
+
     assert size(model.encoder) == 3_159_040
     assert size(model.decoder, model.final_attention, model.norm) == 4_477_440
     assert size(model.refiner) == 592_769
@@ -410,7 +413,9 @@ def test_training_stream(tiny_data):
     of them over time, or always the fixed one; a texture folder is used."""
     samples = data.load(str(tiny_data)).train
     images = data.Images(samples, 64)
-    fixed = onenip.fixed_prompts(samples, 3)
+    fixed = onenip.fixed_prompts(samples, onenip.Args(seed=3))
+    assert fixed == onenip.fixed_prompts(samples, onenip.Args(prompt_seed=3))
+    assert fixed != onenip.fixed_prompts(samples, onenip.Args())
     assert list(fixed) == sorted({s.cls for s in samples})
     assert all(samples[i].cls == cls for cls, i in fixed.items())
     args = onenip.Args(**TINY, seed=3)
@@ -488,7 +493,10 @@ def test_prompt_is_chosen_by_cosine_without_the_label():
     samples = [sample("x", "a"), sample("y", "a")]
     maps, scores = score(x, samples)
     assert [score.chosen["x.png"], score.chosen["y.png"]] == ["c", "a"]
-    assert score.selection(samples) == 0.5
+    run = score.run
+    assert onenip.selection_accuracy(run, score, samples) == 0.5
+    unknown = [sample("x", "z"), sample("y", "z")]
+    assert onenip.selection_accuracy(run, score, unknown) is None, "no accuracy is not an accuracy of 0"
     with torch.no_grad():
         s_rec = (model.decode(model.encode(x), model.encode(prompts[[2, 0]])) - x).norm(dim=1, keepdim=True)
     expected = F.interpolate(s_rec, (64, 64), mode="bilinear", align_corners=True)[:, 0]
@@ -496,9 +504,10 @@ def test_prompt_is_chosen_by_cosine_without_the_label():
     assert 0 < rest.min() and rest.max() < 1, "what is left must be the refiner's map"
 
 
-@pytest.mark.parametrize("changes, used", [(dict(prompt_class="given"), 0), (dict(prompt_test="wrong"), 1)])
+@pytest.mark.parametrize("changes, used", [(dict(prompt_class="given"), 0), (dict(prompt_test="wrong"), 1),
+                                           (dict(prompt_of="b"), 1), (dict(prompt_of="a"), 0)])
 def test_prompt_of_the_given_or_of_a_wrong_class(changes, used):
-    """Given: the true class's prompt although another is more similar; wrong: never the true class's."""
+    """Given: the true class's prompt though another is more similar; wrong: never that; or a named class's prompt."""
     score, prompts, model, args = scorer(**changes)
     p = score.prompts_of(prompts[[2]], [sample("x", "a")])
     with torch.no_grad():
@@ -522,8 +531,7 @@ def test_frozen_features_are_never_computed_in_mixed_precision(prompt_test, tiny
     run = runtime.Run("onenip", None, torch.device("cpu"), amp="bf16")
     score = onenip.Scorer(args, run, Watching(), model, state, images)
     score(images[0][None], images.samples[:1])
-    score.pooled(images[0][None])
-    assert seen == [False] * (3 if prompt_test == "random" else 2)
+    assert seen == [False] * (2 if prompt_test == "random" else 1)
 
 
 def test_score_of_an_image_does_not_depend_on_its_batch():
@@ -532,25 +540,6 @@ def test_score_of_an_image_does_not_depend_on_its_batch():
     together = score(x, samples)[0]
     alone = torch.cat([score(x[i:i + 1], samples[i:i + 1])[0] for i in range(4)])
     torch.testing.assert_close(together, alone)
-
-
-def test_paper_numbers():
-    """The column of the paper: found for its own settings only, per class, with the printed means within rounding."""
-    def numbers(name, names, **changes):
-        dataset = data.Dataset(name=name, root=None, train=[], test=[], classes=names, groups={}, problems=[])
-        return onenip.paper_numbers(dataset, onenip.Args(**changes))
-
-    names = ("bottle cable capsule carpet grid hazelnut leather metal_nut pill screw tile toothbrush transistor wood "
-             "zipper").split()
-    found = numbers("mvtec", names)
-    assert sorted(found["classes"]) == names and found["mean"]["p_ap"] == 0.637
-    assert found["classes"]["screw"] == pytest.approx(dict(i_auroc=.914, i_ap=.966, p_auroc=.989, p_ap=.398))
-    for key, tolerance in (("i_auroc", 0.0006), ("p_auroc", 0.0006), ("p_ap", 0.0006)):
-        assert np.mean([row[key] for row in found["classes"].values()]) == pytest.approx(found["mean"][key], abs=tolerance)
-    assert len(numbers("visa", ["x"] * 12)["classes"]) == 12 and len(numbers("btad", ["x"] * 3)["classes"]) == 3
-    assert "classes" not in numbers("mvtec", names, image_size=320)
-    assert numbers("mvtec+btad+visa", names)["datasets"]["btad"]["p_ap"] == 0.59
-    assert numbers("synth", ["a"]) is None and numbers("mvtec", ["screw"], classes="screw") is None
 
 
 # ---------------------------------------------------------------------------------- the program, as a user runs it
@@ -575,7 +564,7 @@ def test_end_to_end(finished):
 
 
 def test_second_run_and_evaluation_of_the_checkpoint_are_identical(finished, tiny_data, tmp_path, command, metrics_of):
-    """Same seed, same machine: the same bits; --eval of the checkpoint gives the run's own numbers; another seed not."""
+    """Same seed, same machine: the same bits; --eval of the checkpoint gives its numbers; another seed others."""
     first = metrics_of(finished[0])
     assert command("onenip", "--data", tiny_data, "--out", tmp_path / "again", *SMALL).status == 0
     assert metrics_of(tmp_path / "again") == first
@@ -585,15 +574,92 @@ def test_second_run_and_evaluation_of_the_checkpoint_are_identical(finished, tin
     assert metrics_of(tmp_path / "other")["mean"] != first["mean"]
 
 
+def test_metrics_by_epoch_change_nothing_and_end_at_the_result(tiny_data, tmp_path, command, metrics_of, monkeypatch):
+    """--eval-every: the test metrics on the way are lines of the log; weights and result are those of the run without
+    it, and the last line is the result itself. An interrupted and resumed run has the same lines."""
+    words = ("--data", tiny_data, *SMALL, "--classes", "screw,capsule", "--dropout", 0.1)  # 12 images, 8 a step
+    every = ("--eval-every", 1.4, "--steps", 12)  # 3 steps
+    assert command("onenip", *words, "--out", tmp_path / "plain").status == 0
+    assert command("onenip", *words, *every, "--out", tmp_path / "run").status == 0
+    plain, result = metrics_of(tmp_path / "plain"), metrics_of(tmp_path / "run")
+    assert result == plain
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("plain", "run"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    log = contract.read_log(tmp_path / "run")
+    tests = [line for line in log if "test" in line]
+    assert [(line["step"], line["epoch"]) for line in tests] == [(3, 2), (6, 4), (9, 6), (12, 8)]
+    assert tests[-1]["test"] == result["mean"] != tests[0]["test"]
+    losses = [[line["loss"] for line in lines if "loss" in line]
+              for lines in (log, contract.read_log(tmp_path / "plain"))]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+    seen, losses = [], onenip.losses
+
+    def interrupted(*inputs):
+        seen.append(inputs)
+        if len(seen) == 7:  # after a checkpoint at step 4 and a test at step 6
+            raise KeyboardInterrupt
+        return losses(*inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onenip, "losses", interrupted)
+        assert command("onenip", *words, *every, "--out", tmp_path / "resumed").status == 130
+    assert command("onenip", "--resume", "--out", tmp_path / "resumed").status == 0
+    again = contract.read_log(tmp_path / "resumed")
+    assert [line for line in again if "test" in line] == tests and len(again) == len(log)
+    assert metrics_of(tmp_path / "resumed") == plain
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_killed_and_resumed_is_uninterrupted(finished, tiny_data, tmp_path, command, metrics_of):
     """SIGKILL between two checkpoints, then --resume: the numbers and the log of the run that was never interrupted."""
-    contract.check_killed_and_resumed(onenip, ("--data", tiny_data, *SMALL), finished, tmp_path / "run", command, metrics_of)
+    words = ("--data", tiny_data, *SMALL)
+    contract.check_killed_and_resumed(onenip, words, finished, tmp_path / "run", command, metrics_of)
 
 
 def test_predict(finished, tiny_data, tmp_path, command):
     """The method's own columns: the score as a share of the training images' 99 %, and the class of the prompt."""
-    contract.check_predict(onenip, ("ratio", "prompt"), finished, tiny_data, tmp_path / "p", command)
+    contract.check_predict(onenip, ("prompt",), finished, tiny_data, tmp_path / "p", command)
+
+
+def test_prompts_of_another_draw_and_of_a_named_class(finished, tmp_path, command, metrics_of):
+    """Table 4d by evaluations of one checkpoint: other fixed prompts by --prompt-seed, and a class's by --prompt-of."""
+    checkpoint = finished[0] / "checkpoint.pt"
+
+    def scores(name, *words):
+        done = command("onenip", "--eval", checkpoint, "--out", tmp_path / name, *words)
+        assert done.status == 0, done.err
+        return (tmp_path / name / "scores.csv").read_text()
+
+    trained = (finished[0] / "scores.csv").read_text()
+    drawn = {seed: scores(f"seed{seed}", "--prompt-seed", seed) for seed in (0, 1, 2)}
+    assert drawn[0] == trained, "the training drew its prompts with --seed 0"
+    assert len({trained, *drawn.values()}) == 3
+    assert scores("seed", "--seed", 9) == trained
+    random = scores("random", "--prompt-test", "random")
+    assert scores("again", "--prompt-test", "random", "--prompt-seed", 0) == random
+    assert scores("other", "--prompt-test", "random", "--prompt-seed", 1) != random
+    named = scores("named", "--prompt-of", "screw").split()
+    for before, now in zip(trained.split(), named):
+        assert (before == now) == ("path" in before or "screw" in before), "screws have this prompt anyway"
+    assert metrics_of(tmp_path / "named")["setting"]["prompt"] == "dynamic, fixed, of screw"
+
+
+def test_evaluation_on_classes_that_the_model_does_not_know(tiny_data, tmp_path, command, metrics_of):
+    """Nothing is said that is not so: no accuracy of the selection, no true class's prompt; --prompt-seed gives these
+    classes prompts of their own."""
+    words = ("--data", tiny_data, *SMALL, "--steps", 1)
+    assert command("onenip", *words, "--classes", "screw,capsule", "--out", tmp_path / "run").status == 0
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    words = ("--eval", checkpoint, "--classes", "hex_nut,wood_planks", "--prompt-class", "given")
+    assert command("onenip", *words, "--out", tmp_path / "unknown").status == 0
+    setting = metrics_of(tmp_path / "unknown")["setting"]
+    assert setting["prompt selection accuracy"] is None
+    assert setting["prompt"] == ("dynamic, fixed, given (selected for the classes without a prompt: "
+                                 "hex_nut, wood_planks)")
+    assert command("onenip", *words, "--prompt-seed", 0, "--out", tmp_path / "drawn").status == 0
+    assert metrics_of(tmp_path / "drawn")["setting"]["prompt"] == "dynamic, fixed, given"
+    assert metrics_of(tmp_path / "drawn")["setting"]["prompt selection accuracy"] is not None
 
 
 def test_predict_compares_with_normal_images_scored_alike(finished, tmp_path, command):
@@ -641,7 +707,8 @@ def test_corruption_and_options_at_evaluation(finished, tmp_path, command, metri
 def test_every_ablation_runs(words, tiny_data, tmp_path, command, metrics_of):
     """Every row of Tables 2 to 4 is one flag; memory that is too small changes the way, not the result's form."""
     out = tmp_path / "run"
-    done = command("onenip", "--data", tiny_data, "--out", out, "--classes", "screw,capsule", *SMALL, "--steps", 2, *words)
+    small = ("--data", tiny_data, "--classes", "screw,capsule", *SMALL, "--steps", 2)
+    done = command("onenip", *small, *words, "--out", out)
     assert done.status == 0, done.err
     assert set(metrics_of(out)["classes"]) == {"screw", "capsule"}
 
@@ -658,7 +725,10 @@ def test_two_processes_follow_one_with_the_doubled_batch(tiny_data, tmp_path):
     words = [onenip.__file__, "--data", tiny_data, "--classes", "screw,capsule", *SMALL, "--steps", 2, "--no-refiner",
              "--jitter", 0, "--dropout", 0, "--log-every", 1, "--clip", 1e9, "--amp", "off", "--lr", 1e-4]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = lambda *w: subprocess.run([str(x) for x in w], capture_output=True, text=True, env=env)
+
+    def run(*words):
+        return subprocess.run([str(word) for word in words], capture_output=True, text=True, env=env)
+
     one = run(sys.executable, *words, "--batch-size", 8, "--out", tmp_path / "one")
     two = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words,
               "--batch-size", 4, "--out", tmp_path / "two")
@@ -668,7 +738,8 @@ def test_two_processes_follow_one_with_the_doubled_batch(tiny_data, tmp_path):
     assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys() and len(a["optimizer"]["state"]) > 20
     largest = max(state["exp_avg"].abs().max().item() for state in a["optimizer"]["state"].values())
     for i, state in a["optimizer"]["state"].items():
-        torch.testing.assert_close(b["optimizer"]["state"][i]["exp_avg"], state["exp_avg"], rtol=2e-3, atol=1e-5 * largest)
+        other = b["optimizer"]["state"][i]
+        torch.testing.assert_close(other["exp_avg"], state["exp_avg"], rtol=2e-3, atol=1e-5 * largest)
     losses = [[json.loads(line)["loss"] for line in open(tmp_path / name / "log.jsonl")] for name in ("one", "two")]
     assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], rel=1e-4)
     a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
@@ -679,11 +750,13 @@ def test_two_processes_follow_one_with_the_doubled_batch(tiny_data, tmp_path):
 
 
 def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, command):
-    """Twenty mistakes of users: one clear line on stderr that names the culprit, status 2, no traceback, and neither
+    """Forty mistakes of users: one clear line on stderr that names the culprit, status 2, no traceback, and neither
     a run folder nor a half-written file left behind."""
     checkpoint = finished[0] / "checkpoint.pt"
     bad = tmp_path / "bad"
-    picture = lambda size=(32, 32), mode="RGB": Image.new(mode, size)
+
+    def picture(mode="RGB"):
+        return Image.new(mode, (32, 32))
 
     def layout(name, **files):
         """A folder in MVTec layout with one class 'nut', then changed by `files` (path with __ for /: content)."""
@@ -698,10 +771,13 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
             path.unlink() if content is None else path.write_bytes(content)
         return bad / name
 
+    cut = (tiny_data / "screw/train/good/000.png").read_bytes()[:900]
     good = layout("good")
     Image.new("L", (16, 32), 255).save(layout("mask_size") / "nut/ground_truth/hole/0_mask.png")
     (bad / "empty").mkdir()
     torch.save({"method": "roads", "args": {}, "model": {}}, bad / "roads.pt")
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save({**state, "finished": [], "step": 4}, bad / "interrupted.pt")
     (bad / "half.pt").write_bytes(checkpoint.read_bytes()[:5000])
     (bad / "a_file").write_text("")
     (bad / "text").mkdir()
@@ -712,7 +788,7 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
         (("--data", bad / "empty"), "empty"),
         (("--data", layout("untrained", train__good__0_png=None)), "nut"),
         (("--data", layout("unreadable", train__good__0_png=b"not a picture")), "0.png"),
-        (("--data", layout("truncated", test__good__0_png=(tiny_data / "screw/train/good/000.png").read_bytes()[:900])), "0.png"),
+        (("--data", layout("truncated", test__good__0_png=cut)), "0.png"),
         (("--data", bad / "mask_size"), "0_mask.png"),
         (("--data", tiny_data, "--classes", "screw,spoon"), "spoon"),
         (("--data", tiny_data, "--steps", "many"), "--steps"),
@@ -737,19 +813,27 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
         (("--predict", bad / "text" / "photo.png"), "--eval"),
         (("--eval", checkpoint, "--predict", bad / "empty"), "empty"),
         (("--eval", checkpoint, "--predict", good, "--score-scale", "test"), "--score-scale train"),
-        (("--eval", checkpoint, "--predict", bad / "text" / "photo.png"), "photo.png"),
+        (("--eval", checkpoint, "--predict", good, "--prompt-test", "random"), "--prompt-test fixed"),
+        (("--eval", checkpoint, "--predict", good, "--prompt-seed", "1"), "--prompt-seed"),
+        (("--eval", checkpoint, "--prompt-test", "random", "--data", good), "no training images of capsule"),
+        (("--eval", checkpoint, "--prompt-test", "random", "--classes", "screw"), "no training images of capsule"),
+        (("--eval", checkpoint, "--prompt-of", "spoon"), "spoon"),
+        (("--eval", checkpoint, "--prompt-of", "screw", "--prompt-test", "wrong"), "--prompt-of"),
+        (("--data", tiny_data, "--classes", "screw", "--prompt-test", "wrong"), "one class only"),
+        (("--eval", bad / "interrupted.pt"), "interrupted at step 4"),
         (("--data", tiny_data, "--lr", "1e30", "--clip", "1e30"), "NaN"),
     ]
     if not torch.cuda.is_available():
         cases += [(("--data", tiny_data, "--device", "cuda"), "--device cuda"),
                   (("--data", tiny_data, "--kernels", "triton"), "--kernels")]
     contract.check_bad_input(onenip, cases, SMALL, finished, tmp_path, command)
-    assert command("onenip", "--data", good, "--out", tmp_path / "good", *SMALL).status == 0  # the layout itself is fine
+    # the layout itself is fine
+    assert command("onenip", "--data", good, "--out", tmp_path / "good", *SMALL).status == 0
 
 
 def test_real_classes(real_data, tmp_path, command, metrics_of):
     """Real photographs: a short training of two real classes localises defects far better than chance."""
-    done = command("onenip", "--data", real_data, "--classes", "bottle,metal_plate", "--out", tmp_path / "run", "--steps", 80,
-                   "--image-size", 128)
+    done = command("onenip", "--data", real_data, "--classes", "bottle,metal_plate", "--out", tmp_path / "run",
+                   "--steps", 80, "--image-size", 128)
     assert done.status == 0, done.err
     assert metrics_of(tmp_path / "run")["mean"]["p_auroc"] > 0.7

@@ -1,4 +1,5 @@
-"""The pages to look through: what stands in them, that they need nothing but themselves, and that a browser agrees."""
+"""The pages to look through: what stands in them, that they need nothing but themselves, and that a
+browser agrees."""
 
 import base64
 import csv
@@ -87,8 +88,8 @@ def opened(address):
 
 @pytest.fixture(scope="module")
 def predicted(tmp_path_factory):
-    """Folder of a prediction of 2 folders: 5 pictures, one of which cannot be read, with a name to be escaped and, if
-    the file system takes it, one that is no UTF-8."""
+    """Folder of a prediction of 2 folders: 5 pictures, one of which cannot be read, with a name to
+    be escaped and, if the file system takes it, one that is no UTF-8."""
     folder = tmp_path_factory.mktemp("predicted")
     for name, grey in (("one/a.png", 30), ("one/b <i>&.png", 220), ("two/c.png", 128), ("two/d.png", 90)):
         (folder / "in" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -119,12 +120,12 @@ def evaluated(tmp_path_factory, tiny_data):
     return folders
 
 
-# ---------------------------------------------------------------------------------------- predictions
+# -------------------------------------------------------------------------------------- predictions
 
 
 def test_predictions_highest_first(predicted):
-    """A figure for every row, in falling order of the scores, the picture without one last; names are escaped; every
-    link leads to a file that is there; pictures are those of the files."""
+    """A figure for every row, in falling order of the scores, the picture without one last; names
+    are escaped; every link leads to a file that is there; pictures are those of the files."""
     page = check_alone(predicted / "predictions.html")
     with open(predicted / "predictions.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
@@ -156,18 +157,19 @@ def test_page_of_many_predictions_keeps_places_only(tmp_path):
     page = pages.Predictions(tmp_path)
     for i in range(10000):
         page.add(b"x" * 2000, float(i % 100), "good", tmp_path)
-    held = [page.places, page.folders, dict(page.verdicts)]
+    held = [page.places, page.numbers, page.folders, page.verdicts]
     assert len(repr(held)) < 400_000
     page.write(tmp_path / "predictions.html", "method", 0.5, None)
     assert (tmp_path / "predictions.html").stat().st_size > 10000 * 2000
     assert list(tmp_path.iterdir()) == [tmp_path / "predictions.html"]
 
 
-# -------------------------------------------------------------------------------------------- one run
+# ------------------------------------------------------------------------------------------ one run
 
 
 def failures(rows):
-    """By trying every threshold: (misses, false alarms) of the rows at the best F1, at the highest such threshold."""
+    """By trying every threshold: (misses, false alarms) of the rows at the best F1, at the highest
+    such threshold."""
     labels = np.array([int(row["label"]) for row in rows])
     scores = np.array([float(row["score"]) for row in rows])
     best = max(scores, key=lambda t: (f1_score(labels, scores >= t), t))
@@ -177,8 +179,9 @@ def failures(rows):
 
 
 def test_run_page_shows_the_failures(evaluated, capsys):
-    """Misses and false alarms of every class before anything else, each with picture, truth and overlay where maps
-    were kept; the table has our numbers and the paper's; the pictures of the run are in the page."""
+    """Misses and false alarms of every class before anything else, each with picture, truth and
+    overlay where maps were kept; the table has our numbers and the paper's; the pictures of the run
+    are in the page."""
     for folder, panels in ((evaluated[0], 3), (evaluated[2], 1)):
         assert report.main([str(folder)]) == 0
         assert capsys.readouterr().out.strip() == str(folder / "run.html")
@@ -206,8 +209,8 @@ def test_run_page_shows_the_failures(evaluated, capsys):
 
 
 def test_run_page_without_what_is_not_there(evaluated, tmp_path, capsys):
-    """Undefined metrics are dashes; a class with good images only has no threshold; images that were moved away are
-    said to be gone."""
+    """Undefined metrics are dashes; a class with good images only has no threshold; images that
+    were moved away are said to be gone."""
     folder = tmp_path / "run"
     shutil.copytree(evaluated[0], folder)
     result = json.loads((folder / "metrics.json").read_text())
@@ -227,11 +230,12 @@ def test_run_page_without_what_is_not_there(evaluated, tmp_path, capsys):
     assert "one &lt;b&gt;remark" in source
 
 
-# --------------------------------------------------------------------------------------- several runs
+# ------------------------------------------------------------------------------------- several runs
 
 
 def test_compare_page_shows_the_same_images(evaluated, tmp_path, capsys):
-    """A column for each run; every row holds the picture, its mask and one overlay a run; the numbers of each run."""
+    """A column for each run; every row holds the picture, its mask and one overlay a run; the
+    numbers of each run."""
     out = tmp_path / "compare.html"
     assert report.main([str(evaluated[0]), str(evaluated[1]), "--out", str(out)]) == 0
     page = check_alone(out)
@@ -271,7 +275,7 @@ def test_what_is_missing_is_one_line(evaluated, tmp_path, capsys, case, named):
     assert not list(tmp_path.glob("*.html"))
 
 
-# -------------------------------------------------------------------------------------- in a browser
+# ------------------------------------------------------------------------------------- in a browser
 
 
 # Runs after the page's own script; what it found becomes the title.
@@ -296,8 +300,8 @@ window.onload = () => {
 
 
 def browse(page, folder, choices=(), width=1300):
-    """The page as Chromium shows it: {errors, wide: pixels that do not fit, images: widths, asked: addresses, shown:
-    [figures visible, the number that the page says] after each choice}."""
+    """The page as Chromium shows it: {errors, wide: pixels that do not fit, images: widths, asked:
+    addresses, shown: [figures visible, the number that the page says] after each choice}."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium is installed")
@@ -315,8 +319,8 @@ def browse(page, folder, choices=(), width=1300):
 
 @pytest.mark.parametrize("width", [1300, 500])
 def test_browser_shows_the_predictions(predicted, tmp_path, width):
-    """No error, no request, every picture drawn, nothing wider than the window; the choices of folder and verdict
-    work together."""
+    """No error, no request, every picture drawn, nothing wider than the window; the choices of
+    folder and verdict work together."""
     choices = [("folder", "0"), ("verdict", "defective"), ("folder", ""), ("verdict", "no score"), ("verdict", "")]
     found = browse(predicted / "predictions.html", tmp_path, choices, width)
     assert found["errors"] == [] and found["asked"] == [] and found["wide"] <= 0

@@ -174,19 +174,45 @@ def test_compared_results_stand_beside_the_main_one(run, tiny_data):
         assert row[-8:] == [f"{100 * rep[part][key]:.1f}" for part in ("mean", "mixed") for key in keys]
 
 
+def test_pictures_of_classes_never_overwrite_ours_or_each_others():
+    """A class may be called as one of our pictures, and another as what that one is renamed to."""
+    classes = ["screw", "shift", "overview", "shift-class"]
+    names = [pictures.file_of(cls, classes) for cls in classes]
+    assert names[0] == "screw.png" and len(set(names)) == 4
+    assert not set(names) & {f"{name}.png" for name in pictures.OWN_PICTURES}
+
+
+def test_paper_stands_below_ours_under_shift(run, tiny_data):
+    """Its numbers of each condition, and of their mean, where it has them; its notes below the table."""
+    dataset, args = data.load(str(tiny_data), classes=["screw"]), Args(shift="all")
+    shifted = {f"{name}:3": {"mean": {"i_auroc": 0.5 + i / 100}} for i, name in enumerate(corruptions.NAMES)}
+    paper = {"source": "x", "mean": {"i_auroc": 0.875}, "notes": ["it says otherwise in its text"],
+             "shift": {**shifted, "ood": {"mean": {"p_aupro": 0.625}}}}
+    result = report.evaluate(run, args, dataset, darkness, setting=SETTING, seconds=1.5, paper=paper)
+    text = report.shift_table(result)
+    row, = (line.split() for line in text.splitlines() if line.startswith("  paper "))
+    assert row[1:] == ["87.5/-", "87.5/-", "50.0/-", "51.0/-", "52.0/-", "53.0/-"]
+    assert "paper: out of distribution 62.5" in text
+    assert "it says otherwise in its text" in report.table(result)
+
+
 def test_kept_maps_of_test_and_training_images(run, tiny_data):
-    """--save-maps keeps, class by class and in the data's order, what `score` and `pooled` gave for every image."""
+    """--save-maps keeps, class by class and in the data's order, what `described` gave for every image."""
     dataset = data.load(str(tiny_data), classes=["screw", "capsule"])
-    pooled = lambda images: images.float().mean((2, 3))
-    report.evaluate(run, Args(save_maps=True), dataset, darkness, setting=SETTING, seconds=0, pooled=pooled)
+
+    def described(images, samples):
+        return *darkness(images, samples), images.float().mean((2, 3))
+
+    args = Args(save_maps=True)
+    report.evaluate(run, args, dataset, darkness, setting=SETTING, seconds=0, described=described)
     for folder, samples in (("maps", dataset.test), ("maps/train", dataset.train)):
         for cls in dataset.classes:
             kept, of = np.load(run.out / folder / f"{cls}.npz"), [s for s in samples if s.cls == cls]
             images = torch.stack([image for image in data.Images(of, 64)])
-            maps, scores = darkness(images, of)
+            maps, scores, features = described(images, of)
             assert kept["paths"].tolist() == [str(s.image) for s in of]
             assert kept["labels"].tolist() == [s.label for s in of]
-            for name, value in (("maps", maps), ("scores", scores), ("features", pooled(images))):
+            for name, value in (("maps", maps), ("scores", scores), ("features", features)):
                 assert np.array_equal(kept[name], value.numpy()), name
             assert ("masks" in kept) == (folder == "maps")
 
@@ -417,7 +443,7 @@ def test_prediction_works_only_a_few_pictures_ahead(run, tmp_path, monkeypatch):
         picture(tmp_path / "in" / f"{i:03d}.png", size=(4, 4))
     read_image, add, read, written, most = data.read_image, prediction.pages.Predictions.add, [], [], []
 
-    def counted_read(path):
+    def counted_read(path, top):
         read.append(path)
         most.append(len(read) - len(written))
         return read_image(path)

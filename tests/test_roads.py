@@ -20,6 +20,7 @@ from sklearn.metrics import roc_auc_score
 import contract
 import roads
 from common import corruptions, data, runtime
+from kernels import few_tokens
 
 CHANNELS = [16, 24, 32]  # of a small teacher; the student's widths are 32, 24, 16
 CLASSES = 3
@@ -180,6 +181,28 @@ def test_prompting_is_equations_1_to_3():
             torch.testing.assert_close(prompted[i, :, r, c], expected[4 * r + c])
 
 
+@pytest.mark.parametrize("few, many", [("x", "y"), ("y", "x")])
+def test_attention_that_never_projects_the_map_is_the_printed_one(few, many):
+    """Eq. 2 with all projections, head by head, in float64: the same output and the same gradients of both inputs and
+    of every parameter, whichever side the map is."""
+    block = roads.CrossAttentionBlock(16, make()[1]).double()
+    parameters = [p for name, p in block.named_parameters() if name.startswith(("to_", "norm_"))]
+    for p in parameters:
+        torch.nn.init.normal_(p, std=0.5)
+    sides = {few: torch.randn(4, 16).double().requires_grad_(), many: 3 * torch.randn(12, 16).double() + 2}
+    sides[many].requires_grad_()
+    x, y = sides["x"], sides["y"]
+    assert few_tokens.folding_pays(len(x), len(y), 16, block.heads), "or the test would compare the formula to itself"
+    folded = block.attend(x[None], y[None])[0]
+    printed = literal_attention(block, block.norm_x(x), block.norm_y(y))
+    torch.testing.assert_close(folded, printed, rtol=1e-10, atol=1e-10)
+    upstream = torch.randn_like(printed)
+    ours = torch.autograd.grad(folded, [x, y, *parameters], upstream)
+    exact = torch.autograd.grad(printed, [x, y, *parameters], upstream)
+    for a, b in zip(ours, exact):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
 def test_prompts_start_as_plain_reverse_distillation():
     """At the start F' = F and ẑ = z, to the last bit."""
     prompting = roads.Prompting(16, make()[1])
@@ -261,7 +284,10 @@ def test_losses_are_equations_4_to_6(distance):
     maps, view, shifted = teacher_maps(), pictures(), pictures(seed=3)
     total, parts = roads.losses(model, maps, view, LABELS, shifted, args)
     out = model(maps, view, LABELS, shifted)
-    cos = lambda a, b: sum(a * b) / math.sqrt(sum(a * a) * sum(b * b))
+
+    def cos(a, b):
+        return sum(a * b) / math.sqrt(sum(a * a) * sum(b * b))
+
     kd = 0
     for f, rebuilt in zip(maps, out["maps"]):
         f, rebuilt = f.detach().double().numpy(), rebuilt.detach().double().numpy()
@@ -314,6 +340,13 @@ def test_label_leak():
     F.cross_entropy(after["selector"], LABELS).backward()
     reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert reached == {"bottleneck", "selector"}
+
+
+def test_detached_selector_leaves_the_bottleneck_alone():
+    model, _ = make(detach_selector=True)
+    F.cross_entropy(model(teacher_maps(), pictures(), LABELS)["selector"], LABELS).backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == {"selector.linear.weight", "selector.linear.bias"}
 
 
 def test_style_loss_has_a_trivial_minimum_which_the_log_betrays():
@@ -419,25 +452,32 @@ def test_operations_are_the_six_that_no_test_corruption_uses():
 def test_no_operation_is_a_test_corruption(name):
     """At all levels: flat pictures stay flat (no noise), no corruption of any severity does about the same to a picture
     (no brightness, no contrast), and what concerns edges makes them stronger (no blur)."""
-    operation = roads.OPERATIONS[name]
+
+    def apply(array, level):
+        return np.asarray(roads.OPERATIONS[name](Image.fromarray(array), level)).astype(float)
+
+    def variation(array):
+        return np.abs(np.diff(array.astype(float), axis=0)).sum()
+
     image = photo()
     for level in (0.1, 1, 3, 10):
-        apply = lambda array: np.asarray(operation(Image.fromarray(array), level)).astype(float)
         for grey in (40, 128, 220):
-            assert np.ptp(apply(np.full((8, 8, 3), grey, np.uint8)), axis=(0, 1)).max() == 0
-        changed = apply(image)
+            assert np.ptp(apply(np.full((8, 8, 3), grey, np.uint8), level), axis=(0, 1)).max() == 0
+        changed = apply(image, level)
         for other in corruptions.NAMES:
             for severity in range(1, 6):
                 shifted = corruptions.corrupt(image, other, severity).astype(float)
                 assert np.abs(changed - shifted).mean() > 2, (other, severity)
         if name == "sharpness":
-            variation = lambda a: np.abs(np.diff(a.astype(float), axis=0)).sum()
             assert variation(changed) >= variation(image)
 
 
 def test_view_is_a_function_of_its_generator():
     image = photo()
-    view = lambda *seed: roads.out_of_domain(image, np.random.default_rng(seed), 3)
+
+    def view(*seed):
+        return roads.out_of_domain(image, np.random.default_rng(seed), 3)
+
     assert view(1).shape == image.shape and view(1).dtype == np.uint8
     assert np.array_equal(view(1), view(1)) and not np.array_equal(view(1), view(2))
     assert np.mean([np.abs(view(k).astype(float) - image).mean() for k in range(20)]) > 5
@@ -593,21 +633,6 @@ def test_code_cosines():
     assert len(score.followed) == 8, "spread over all of the data"
 
 
-def test_paper_numbers():
-    """Found for the paper's own setting only; the means are those of the rows, as printed."""
-    def numbers(name, **changes):
-        dataset = data.Dataset(name=name, root=None, train=[], test=[], classes=["a"], groups={}, problems=[])
-        return roads.paper_numbers(dataset, roads.Args(**changes))
-
-    mvtec = numbers("mvtec")
-    assert set(mvtec["classes"]) == set(data.BENCHMARKS["mvtec"].counts)
-    for key in ("i_auroc", "p_auroc"):
-        assert np.mean([row[key] for row in mvtec["classes"].values()]) == pytest.approx(mvtec["mean"][key], abs=1e-4)
-    assert numbers("visa")["mean"]["p_aupro"] == 0.9227 and numbers("visa")["classes"] == {}
-    assert numbers("synth") is None and numbers("mvtec", classes="screw") is None
-    assert numbers("mvtec", image_size=320) is None and numbers("mvtec", corrupt="contrast") is None
-
-
 # ---------------------------------------------------------------------------------- the program, as a user runs it
 
 
@@ -647,7 +672,7 @@ def test_killed_and_resumed_is_uninterrupted(finished, tiny_data, tmp_path, comm
 def test_predict(finished, tiny_data, tmp_path, command):
     """The method's own columns: the score as a share of the training images' 99 %, and the class whose prompts were
     used."""
-    contract.check_predict(roads, ("ratio", "class"), finished, tiny_data, tmp_path / "p", command)
+    contract.check_predict(roads, ("class",), finished, tiny_data, tmp_path / "p", command)
     chosen = [row["class"] for row in csv.DictReader(open(tmp_path / "p" / "predictions.csv"))]
     assert set(chosen) <= set(torch.load(finished[0] / "checkpoint.pt", weights_only=True)["classes"])
 
@@ -713,7 +738,7 @@ def test_interrupted_run(finished, tiny_data, tmp_path, command, metrics_of):
     (("--no-prompts", "--mu", 0), "efficientnet_lite0", {"kd", "cs", "code_variance"}),
     (("--no-adapter",), "none", {"kd", "ce", "selector"}),
     (("--no-prompts", "--no-adapter"), "none", {"kd"}),
-    (("--adapter", "none"), "none", {"kd", "ce", "selector"}),
+    (("--adapter", "none", "--detach-selector"), "none", {"kd", "ce", "selector"}),
     (("--adapter", "instance-norm", "--distance", "location"), "instance-norm", {"kd", "ce", "selector"}),
     (("--tokens", 3, "--head-width", 8, "--ffn", 2),
      "efficientnet_lite0", {"kd", "ce", "selector", "cs", "code_variance"}),

@@ -176,9 +176,14 @@ def test_bad_checkpoints_are_named(tmp_path):
     torch.save({**old, "finished": ["model"]}, path)
     with pytest.raises(UsageError, match="of roads.py, not of onenip.py"):
         runtime.load_checkpoint(path, "onenip")
-    with pytest.raises(UsageError, match="does not fit") as error:
-        runtime.load_model(torch.nn.Linear(2, 4), runtime.load_checkpoint(path)["model"], path)
-    assert "\n" not in str(error.value)
+    for model, said in ((torch.nn.Linear(2, 4), r"weight is \(3, 2\) in it and \(4, 2\) here"),
+                        (torch.nn.Linear(2, 3, bias=False), "has no bias"),
+                        (torch.nn.Sequential(torch.nn.Linear(2, 3)), "whose 0.weight it lacks")):
+        with pytest.raises(UsageError, match=said) as error:
+            runtime.load_model(model, runtime.load_checkpoint(path)["model"], path)
+        assert "\n" not in str(error.value) and str(path) in str(error.value)
+    with pytest.raises(UsageError, match="training is not finished .* no normal_score; --resume"):
+        runtime.load_checkpoint(path)["normal_score"]
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UsageError, match="not a readable"):
         runtime.load_checkpoint(path)
@@ -291,7 +296,7 @@ def test_what_a_training_loop_keeps(tmp_path):
 def test_nan_stops_before_anything_of_it_is_kept(tmp_path):
     """The flag is looked at only where something is kept, and the checkpoint before it stays."""
     loop = Loop(tmp_path, "--log-every", "4", "--checkpoint-every", "6")
-    with pytest.raises(UsageError, match="by step 8; the checkpoint before it is kept"):
+    with pytest.raises(UsageError, match="NaN or infinite by step 8"):
         loop.train(13, nan_at=6)
     assert [line["step"] for line in lines_of(tmp_path)] == [4]
     assert runtime.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 6
@@ -364,28 +369,30 @@ def test_stream_drops_what_does_not_fill_a_step():
     assert whole.steps(1) == 3 and sorted(whole.index(k) for k in range(10)) == list(range(10))
 
 
-def test_a_finished_run_is_not_overwritten(tmp_path):
-    """--out with a run in it is refused, and untouched; --overwrite replaces it; a file in its place is refused."""
+def test_resume_takes_the_options_of_the_run_in_the_folder(tmp_path):
+    """What is given again must not contradict them; a folder without a run, with an evaluation, with a run of another
+    script or a damaged args.json is refused."""
     out = tmp_path / "run"
+
+    def resume(*words):
+        return runtime.parse(Args, PRESETS, "One line.", ["--out", str(out), "--resume", *words], method="method")
+
     runtime.start(parse("--out", str(out)), "method").open(parse("--out", str(out)))
-    (out / "metrics.json").write_text("{}")
-    with pytest.raises(UsageError, match="finished run"):
-        runtime.start(parse("--out", str(out)), "method")
-    (out / "metrics.json").unlink()
-    with pytest.raises(UsageError, match="interrupted run"):
-        runtime.start(parse("--out", str(out)), "method")
+    assert resume().rate == 0.25
     with pytest.raises(UsageError, match="--rate 0.25, not 0.75"):
-        parse("--out", str(out), "--resume", "--rate", "0.75")
-    assert parse("--out", str(out), "--resume").rate == 0.25
-    (out / "maps" / "train").mkdir(parents=True)
-    (out / "maps" / "train" / "screw.npz").write_bytes(b"maps of the model that is replaced")
-    runtime.start(parse("--out", str(out), "--overwrite"), "method").open(parse("--out", str(out), "--overwrite"))
-    assert [path.name for path in out.rglob("*") if path.is_file()] == ["args.json"]
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="is a file"):
-        runtime.start(parse("--out", str(tmp_path / "file")), "method")
+        resume("--rate", "0.75")
+    assert resume("--workers", "3", "--threads", "2").workers == "3"
+    saved = json.loads((out / "args.json").read_text())
+    for changes, said in (({"method": "roads"}, "a run of roads.py, not of method.py"), ({"eval": "c.pt"}, "evaluation of c.pt")):
+        (out / "args.json").write_text(json.dumps({**saved, **changes}))
+        with pytest.raises(UsageError, match=said):
+            resume()
+    (out / "args.json").write_text("{")
+    with pytest.raises(UsageError, match="damaged"):
+        resume()
+    (out / "args.json").unlink()
     with pytest.raises(UsageError, match="holds no run"):
-        parse("--out", str(tmp_path / "nothing"), "--resume")
+        resume()
 
 
 def test_learning_rate():
@@ -500,8 +507,8 @@ def test_a_checkpoint_is_written_beside_the_training(tmp_path, monkeypatch):
     run, weight = make_run(tmp_path), torch.zeros(3)
     state = {"method": "method", "args": {}, "model": {"w": weight}, "finished": [], "list": [weight]}
     go_on = threading.Event()
-    write = runtime._write_checkpoint
-    monkeypatch.setattr(runtime, "_write_checkpoint", lambda *what: (go_on.wait(), write(*what)))
+    write = runtime.write_atomic
+    monkeypatch.setattr(runtime, "write_atomic", lambda *what: (go_on.wait(), write(*what)))
     run.save(state)
     assert not (tmp_path / "checkpoint.pt").exists(), "it waits, and `save` has returned"
     weight += 1

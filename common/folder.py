@@ -1,0 +1,190 @@
+"""The folder of a run, --out: one run at a time writes there, and everything in it is of that run.
+
+    folder.refuse(out, args)        # early: a line for the user if `out` holds what must not be replaced
+    folder.take(out, args)          # before the first file: claimed for this process, and emptied
+    folder.kept()                   # for the user, when the run ends early: what is left, and how to go on
+
+A folder is a run's if args.json lies in it. Its run is finished once one of RESULTS is there, each written last and
+at once; else it can be resumed from its checkpoint.pt; and if it has none, nothing in it is worth keeping, so that the
+next run (mostly the same command, put right) takes the folder over. Nothing heavy is imported here.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from common import UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
+RESULTS = ("metrics.json", "threshold.json", "predictions.csv")
+FILES = (
+    "args.json",
+    "log.jsonl",
+    "checkpoint.pt",
+    *RESULTS,
+    "scores.csv",
+    "calibration.json",
+    "run.html",
+    "predictions.html",
+    "predictions.part.csv",
+)
+FOLDERS = ("pictures", "maps", "masks")
+LOCK = ".lock"
+
+_claimed = {}  # folder -> its open lock file; the system drops the lock when this process ends
+_taken = []  # the folder that this process's run writes to
+
+
+def refuse(out, args):
+    """Whether a run with these options may have the folder.
+
+    Raises:
+        UsageError: `out` is a file; holds files of our names but no run; another process writes there;
+            it holds a finished or interrupted run, without --overwrite or --resume; or something that
+            an option names lies in it and would be deleted.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file; name a folder")
+    if (out / LOCK).is_file():
+        _claim(out)
+    if args.resume:
+        return
+    if not (out / "args.json").is_file():
+        foreign = [name for name in (*FILES, *FOLDERS) if (out / name).exists()]
+        if foreign:
+            raise UsageError(
+                f"--out {out}: there is {foreign[0]} in it, but no run (no args.json); name a new folder"
+            )
+        return
+    if not args.overwrite:
+        _refuse_to_overwrite(out)
+    _refuse_to_delete_inputs(out, args)
+
+
+def _refuse_to_overwrite(out):
+    if is_finished(out):
+        found = "a finished run"
+    elif (out / "checkpoint.pt").is_file():
+        found = "an interrupted run (--resume goes on with it)"
+    else:
+        return
+    raise UsageError(
+        f"--out {out} holds {found}; --overwrite replaces it, --out DIR writes elsewhere"
+    )
+
+
+def _refuse_to_delete_inputs(out, args):
+    for name, value in vars(args).items():
+        for path in value if isinstance(value, list) else [value]:
+            if name == "out" or not isinstance(path, str) or not os.path.exists(path):
+                continue
+            if Path(path).resolve().is_relative_to(out.resolve()):
+                raise UsageError(
+                    f"--{name.replace('_', '-')} {path} lies in --out {out}, which this run would "
+                    "empty; choose another --out"
+                )
+
+
+def is_finished(out):
+    """Whether the run in the folder reached its end."""
+    return any((out / name).is_file() for name in RESULTS)
+
+
+def take(out, args):
+    """Claim the folder, which is made if need be, for this process until it ends; without --resume
+    empty it of the run before.
+
+    Raises:
+        UsageError: as `refuse`, for what has changed since.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    _claim(out)
+    refuse(out, args)
+    for leftover in out.glob(".*.tmp"):  # of a write that was killed
+        leftover.unlink(missing_ok=True)
+    if not args.resume:
+        _empty(out)
+    _taken[:] = [out]
+
+
+def _claim(out):
+    """Raises `UsageError` if another process has claimed the folder."""
+    key = out.resolve()
+    if key in _claimed:  # to open and close the file again would drop the lock
+        return
+    file = open(out / LOCK, "a")
+    try:
+        _lock(file)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            file.close()
+            raise UsageError(
+                f"--out {out}: another run is writing there at this moment; choose another --out"
+            ) from None
+        # else the file system knows no locks
+    _claimed[key] = file
+
+
+def _lock(file):
+    """Lock an open file for this process; its forks do not inherit the lock, and may outlive it."""
+    if fcntl:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+
+def release():
+    """Give up all claims: the process's run has ended."""
+    for file in _claimed.values():
+        file.close()
+    _claimed.clear()
+    _taken.clear()
+
+
+def _empty(out):
+    """Delete what a run has written; anything else in the folder stays."""
+    for name in FILES:
+        (out / name).unlink(missing_ok=True)
+    for name in FOLDERS:
+        path = out / name
+        if path.is_symlink():
+            path.unlink()
+        elif path.is_dir():
+            shutil.rmtree(path)
+
+
+def kept():
+    """What a run that ends now leaves behind, and how to go on: one sentence, "" before `take`."""
+    if not _taken:
+        return ""
+    out = _taken[0]
+    if is_finished(out):
+        return f"the results in {out} are complete"
+    if (out / "checkpoint.pt").is_file():
+        return f"the training is kept in {out / 'checkpoint.pt'}: --resume --out {out} goes on"
+    if (out / "predictions.part.csv").is_file():
+        return f"the scores so far are in {out / 'predictions.part.csv'}; the same command starts anew"
+    return "nothing is kept of it; the same command starts anew"
+
+
+def write_atomic(path, content):
+    """Bytes -> file, all or nothing: a temporary sibling is written, synced and renamed."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise

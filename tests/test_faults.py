@@ -1,0 +1,525 @@
+"""What users meet beside the method: two runs in one folder, odd data, a data set without test images, files that are
+bad or gone, loader processes that fail, busy machines, and a run that ends early. Each says what is wrong and what is
+kept, and loses nothing."""
+
+import csv
+import dataclasses
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import UsageError, data, folder, options, runtime
+from common.options import option
+from conftest import ROOT
+
+
+@dataclasses.dataclass
+class Args(options.Options):
+    image_size: int = option(16, "size", group="data", low=1)
+    batch_size: int = option(2, "images a step", group="training", low=1)
+    weights: str = option("", "file of weights", group="model")
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch, tmp_path):
+    """Facts about files are remembered elsewhere; no folder stays claimed, Ctrl-C works as before."""
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "argv", ["method.py"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield
+    folder.release()
+    signal.signal(signal.SIGINT, handler)
+
+
+def parse(*words):
+    presets = {"paper": {}, "laptop": {}}
+    return options.parse(Args, presets, "One line.", [str(word) for word in words], method="method")
+
+
+def opened(out, *words):
+    """(run, args) of a run that has taken its folder."""
+    args = parse("--out", out, *words)
+    run = runtime.start(args, "method")
+    run.open(args)
+    return run, args
+
+
+# ---------------------------------------------------------------------------- a run owns its folder
+
+CLAIM = """
+import sys, time, types
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from common import UsageError, folder
+args = types.SimpleNamespace(resume=False, overwrite=False)
+while time.time() < float(sys.argv[3]):
+    pass
+try:
+    folder.take(Path(sys.argv[2]), args)
+    (Path(sys.argv[2]) / "args.json").write_text("{}")
+    print("mine", flush=True)
+    sys.stdin.read()
+except UsageError as error:
+    print(error)
+"""
+
+
+def claim(out, start=0.0):
+    words = [sys.executable, "-c", CLAIM, str(ROOT), str(out), str(start)]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_of_runs_that_start_at_once_one_gets_the_folder(tmp_path):
+    """Six processes ask at the same moment; the others say who has it, and what to do."""
+    processes = [claim(tmp_path / "run", time.time() + 2) for _ in range(6)]
+    answers = [process.stdout.readline() for process in processes]
+    for process in processes:
+        process.communicate()
+    assert answers.count("mine\n") == 1
+    others = [answer for answer in answers if answer != "mine\n"]
+    assert all("another run is writing there" in answer and "--out" in answer for answer in others)
+
+
+def test_a_killed_run_holds_its_folder_no_longer(tmp_path):
+    """Not even --overwrite or --resume may disturb a running one; after SIGKILL its folder can be had."""
+    process = claim(tmp_path / "run")
+    assert process.stdout.readline() == "mine\n"
+    for words in ((), ("--overwrite",), ("--resume",)):
+        with pytest.raises(UsageError, match="another run is writing there at this moment"):
+            runtime.start(parse("--out", tmp_path / "run", *words), "method")
+    process.kill()
+    process.communicate()
+    opened(tmp_path / "run")
+
+
+@pytest.mark.parametrize("result", folder.RESULTS)
+def test_a_finished_run_is_told_by_what_it_leaves(result, tmp_path):
+    """A table, a threshold, or predictions: each is written last, so a run with it is finished, one without is not."""
+    out = tmp_path / "run"
+    opened(out)
+    (out / "checkpoint.pt").write_bytes(b"")
+    with pytest.raises(UsageError, match="an interrupted run .--resume goes on"):
+        runtime.start(parse("--out", out), "method")
+    (out / result).write_text("")
+    with pytest.raises(UsageError, match="a finished run; --overwrite replaces it"):
+        runtime.start(parse("--out", out), "method")
+    assert (out / result).is_file() and (out / "checkpoint.pt").is_file()
+
+
+def test_a_corrected_command_needs_no_overwrite(tmp_path):
+    """What a wrong one left (options, a few lines of the log, half of the predictions) is not worth keeping."""
+    out = tmp_path / "run"
+    run, _ = opened(out)
+    run.log({"step": 1})
+    (out / "predictions.part.csv").write_text("")
+    (out / ".checkpoint.pt.1.tmp").write_text("")
+    opened(out, "--seed", 3)
+    assert json.loads((out / "args.json").read_text())["seed"] == 3
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "args.json"]
+
+
+def test_overwrite_empties_the_folder_of_the_old_run_and_of_nothing_else(tmp_path):
+    """Pictures, maps and masks of classes that the new run does not have; not what lies behind a link, nor notes."""
+    out, mine = tmp_path / "run", tmp_path / "mine"
+    opened(out)
+    for name in ("metrics.json", "notes.txt", "pictures/bolt.png", "maps/train/bolt.npz", "other/x"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("")
+    mine.mkdir()
+    (mine / "photo.png").write_text("")
+    (out / "masks").symlink_to(mine, target_is_directory=True)
+    opened(out, "--overwrite")
+    left = sorted(str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir())
+    assert left == [".lock", "args.json", "notes.txt", os.path.join("other", "x")]
+    assert (mine / "photo.png").is_file()
+
+
+@pytest.mark.parametrize("words", [(), ("--overwrite",)])
+@pytest.mark.parametrize("name", ["pictures", "metrics.json", "checkpoint.pt"])
+def test_a_folder_that_is_no_runs_is_left_alone(name, words, tmp_path):
+    """Somebody's own pictures, or a downloaded checkpoint: neither replaced nor mixed with ours."""
+    (tmp_path / name).mkdir()
+    with pytest.raises(UsageError, match=f"there is {name} in it, but no run"):
+        runtime.start(parse("--out", tmp_path, *words), "method")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        runtime.start(parse("--out", tmp_path / "file"), "method")
+
+
+@pytest.mark.parametrize("name", ["eval", "predict", "weights", "data"])
+def test_overwrite_does_not_delete_what_the_run_needs(name, tmp_path):
+    out = tmp_path / "run"
+    opened(out)
+    path = out / "checkpoint.pt"
+    path.write_text("")
+    args = parse("--out", out, "--overwrite")
+    setattr(args, name, [str(path)] if name == "predict" else str(path))
+    with pytest.raises(UsageError, match=f"--{name} .*checkpoint.pt lies in --out"):
+        runtime.start(args, "method")
+    assert path.is_file()
+
+
+# ------------------------------------------------------------------------- data, before the training
+
+
+def good_only(home, counts):
+    """A folder CLASS/good/*.png of that many noisy pictures a class."""
+    rng = np.random.default_rng(0)
+    for cls, count in counts.items():
+        (home / cls / "good").mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(home / cls / "good" / f"{i}.png")
+    return home
+
+
+def training_data(*words):
+    args = parse("--out", "unused", *words)
+    run = runtime.Run("method", Path("unused"), torch.device("cpu"))
+    return run, args, *runtime.training_data(run, args)
+
+
+def test_problems_are_said_once_a_kind_and_kept(tiny_data, tmp_path, capsys):
+    """Sixteen defects lose their masks, and four images have no label: two lines on stderr, in the data set's list, and
+    so in metrics.json; how the folder was read is on stdout."""
+    home = tmp_path / "home"
+    for cls in ("screw", "hex_nut"):
+        shutil.copytree(tiny_data / cls, home / cls)
+        shutil.rmtree(home / cls / "ground_truth")
+        for i in (1, 2):
+            shutil.copy(next((home / cls / "train" / "good").iterdir()), home / cls / "test" / f"{i}.png")
+    _, _, dataset, _ = training_data("--data", home)
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert lines == [f"problem: {line}" for line in dataset.problems] and len(lines) == 2
+    assert ": 8 (" in err and ": 4 (" in err and "without a mask" in err
+    assert str(home) in out and out.count("\n") == 1
+
+
+@pytest.mark.parametrize("place, content, said", [
+    ("test/good/000.png", b"", "zero bytes"), ("train/good/001.png", b"", "zero bytes"),
+    ("test/good/001.png", b"rubbish", "no image"), ("train/good/002.png", "cut", "truncated"),
+    ("ground_truth", "size", "must have the same size")])
+def test_bad_files_are_found_before_the_training(place, content, said, tiny_data, tmp_path):
+    """Of training and test images, and masks; the message names the file."""
+    home = tmp_path / "home" / "screw"
+    shutil.copytree(tiny_data / "screw", home)
+    path = home / place
+    if content == "size":
+        path = next(path.rglob("*.png"))
+        Image.new("L", (8, 8), 255).save(path)
+    elif content == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=said) as error:
+        training_data("--data", tmp_path / "home")
+    assert path.name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_without_test_images_some_good_ones_are_held_out(tmp_path):
+    """A share of each class, never trained on, the same for the same seed; a class of one image keeps it."""
+    home = good_only(tmp_path / "home", {"a": 20, "b": 3, "c": 1})
+    run, _, dataset, images = training_data("--data", home)
+    held = [(sample.cls, sample.image.name) for sample in run.held_out]
+    trained = [(sample.cls, sample.image.name) for sample in images.samples]
+    assert [cls for cls, _ in held] == ["a", "a", "b"] and len(trained) == 21 and not set(held) & set(trained)
+    assert dataset.train == images.samples and dataset.test == []
+    again = training_data("--data", home)[0]
+    assert again.held_out == run.held_out
+    assert training_data("--data", home, "--seed", 1)[0].held_out != run.held_out
+    assert training_data("--data", home, "--holdout", 0)[0].held_out == []
+    assert len(training_data("--data", home, "--holdout", 0.5)[0].held_out) == 12
+
+
+@pytest.mark.parametrize("words, said", [
+    (("--shift", "all"), "--shift needs test images"), (("--corrupt", "contrast"), "--corrupt needs"),
+    (("--save-maps",), "--save-maps needs")])
+def test_options_that_need_test_images(words, said, tmp_path):
+    home = good_only(tmp_path / "home", {"a": 2})
+    with pytest.raises(UsageError, match=said):
+        training_data("--data", home, *words)
+
+
+def test_some_classes_with_and_some_without_test_images(tiny_data, tmp_path):
+    """Neither a table that silently lacks a class nor one threshold beside metrics; an evaluation needs test images."""
+    shutil.copytree(tiny_data / "screw", tmp_path / "home" / "screw")
+    shutil.copytree(tiny_data / "screw" / "train", tmp_path / "home" / "bolt" / "train")
+    with pytest.raises(UsageError, match="class 'bolt' has no test images, while others have"):
+        training_data("--data", tmp_path / "home")
+    args = parse("--data", good_only(tmp_path / "good", {"a": 2}))
+    args.eval = "c.pt"
+    with pytest.raises(UsageError, match="has no test images"):
+        runtime.training_data(runtime.Run("method", None, torch.device("cpu")), args)
+
+
+def test_a_folder_of_good_images_is_trained_and_gets_its_threshold(tmp_path, capsys):
+    """The 99 % quantile of the scores of the images held out, as numpy computes it; in the checkpoint, in
+    threshold.json and scores.csv; the classes are not told to the scorer, as in --predict."""
+    home = good_only(tmp_path / "home", {"a": 30, "b": 10})
+    args = parse("--data", home, "--out", tmp_path / "run")
+    run = runtime.start(args, "method")
+    dataset, images = runtime.training_data(run, args)
+    run.open(args)
+    state = {"method": "method", "args": {}, "model": {}, "finished": ["model"], "normal_score": -1.0, "seconds": 2.0}
+
+    def score(batch, samples):
+        assert {sample.cls for sample in samples} == {""}
+        maps = batch.float().mean(1)  # (B, S, S)
+        return maps, maps.mean((1, 2))
+
+    assert runtime.set_threshold(run, args, dataset, score, state) is None
+    pixels = torch.stack([torch.from_numpy(data.resize_image(data.read_image(sample.image), 16).copy())
+                          for sample in run.held_out]).double().mean(3)  # (4, 16, 16)
+    kept = runtime.load_checkpoint(tmp_path / "run" / "checkpoint.pt", "method")
+    found = json.loads((tmp_path / "run" / "threshold.json").read_text())
+    assert len(pixels) == 4 and found["held out"] == 4
+    for value in (kept["normal_score"], found["threshold"]):
+        assert value == pytest.approx(np.quantile(pixels.mean((1, 2)).numpy(), 0.99), rel=1e-6)
+    for value in (kept["pixel_threshold"], found["pixel threshold"]):
+        assert value == pytest.approx(np.quantile(pixels.amax((1, 2)).numpy(), 0.99), rel=1e-6)
+    rows = list(csv.DictReader(open(tmp_path / "run" / "scores.csv")))
+    assert [(row["class"], row["path"]) for row in rows] == [(s.cls, str(s.image)) for s in run.held_out]
+    out = capsys.readouterr().out
+    assert "no metrics" in out and "(4, --holdout 0.1)" in out and "--predict" in out.splitlines()[-1]
+    assert folder.is_finished(tmp_path / "run")
+
+
+def test_grey_values_are_scaled_as_in_the_training(tmp_path):
+    """Images of 12 bits in 16: the rule goes into every checkpoint, and is taken from it, not found anew, at --eval."""
+    (tmp_path / "home" / "a" / "good").mkdir(parents=True)
+    for i in range(3):
+        values = np.full((8, 8), 4000 + i, np.uint16)
+        Image.fromarray(values).save(tmp_path / "home" / "a" / "good" / f"{i}.png")
+    run, args, _, images = training_data("--data", tmp_path / "home")
+    assert run.depths == {"a": 4095} and images[0].min() == 250
+    args.schedule = "step"
+    state = runtime.Training(run, args, torch.nn.Linear(1, 1), None).state(finished=["model"])
+    torch.save(state, tmp_path / "c.pt")
+    args.eval = str(tmp_path / "c.pt")
+    again = runtime.Run("method", None, torch.device("cpu"))
+    again.checkpoint_to_evaluate(args)
+    assert again.depths == {"a": 4095}
+
+
+# ------------------------------------------------------------------------------- loader processes
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Image i is full of i; some kinds of trouble in the processes."""
+
+    def __init__(self, trouble="", pixels=4):
+        self.trouble, self.pixels = trouble, pixels
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        if self.trouble == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.trouble == "hangs":
+            time.sleep(30)
+        if self.trouble == "missing":
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", "gone.png")
+        return {"image": torch.full((3, self.pixels, self.pixels), i, dtype=torch.uint8), "index": i}
+
+
+def batches_of(trouble="", pixels=4):
+    run = runtime.Run("method", None, torch.device("cpu"))
+    return list(run.loader(Numbers(trouble, pixels), [[0, 1], [2, 3], [4, 5]], 2))
+
+
+@pytest.mark.parametrize("free, shared", [(0, False), (2**40, True)])
+def test_scarce_shared_memory_is_not_used(free, shared, monkeypatch):
+    """A full /dev/shm would let the run wait for ever; the batches then come through the pipe, the same."""
+    if not os.path.isdir("/dev/shm"):
+        pytest.skip("no /dev/shm here")
+    monkeypatch.setattr(runtime.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    batches = batches_of()
+    assert [batch["index"].tolist() for batch in batches] == [[0, 1], [2, 3], [4, 5]]
+    assert all((batch["image"] == batch["index"][:, None, None, None]).all() for batch in batches)
+    assert [batch["image"].is_shared() for batch in batches] == [shared] * 3
+    batches[0]["image"][:] = 7  # nobody else's, and writable
+
+
+def test_a_full_dev_shm(tmp_path):
+    """The real thing: /dev/shm of 64 KB, batches of 400 KB, two processes."""
+    text = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import torch, test_faults
+batches = test_faults.batches_of(pixels=300)
+assert [batch["index"].tolist() for batch in batches] == [[0, 1], [2, 3], [4, 5]]
+print("read")
+"""
+    python = [sys.executable, "-c", text, str(ROOT), str(ROOT / "tests")]
+    small = ["unshare", "-m", "bash", "-c", 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"', "-"]
+    if shutil.which("unshare") is None or subprocess.run([*small, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount /dev/shm anew")
+    done = subprocess.run([*small, *python], capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("read\n", "")
+
+
+def test_processes_that_die_or_hang_end_in_one_line(monkeypatch):
+    """Killed for memory, or waiting for a network disk: never a hang, never a traceback."""
+    with pytest.raises(UsageError, match="--workers 2: DataLoader worker .*use fewer, or --workers 0"):
+        batches_of("killed")
+    monkeypatch.setattr(runtime, "LOADER_SECONDS", 1)
+    with pytest.raises(UsageError, match="--workers 2: DataLoader timed out after 1 seconds"):
+        batches_of("hangs")
+
+
+def test_other_errors_of_a_process_keep_their_kind(monkeypatch):
+    with pytest.raises(FileNotFoundError, match="gone.png"):
+        batches_of("missing")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "_get_iterator", full)
+    with pytest.raises(UsageError, match="No space left on device; is /dev/shm full"):
+        batches_of()
+
+
+# ---------------------------------------------------------------------------------------- threads
+
+
+def test_number_of_threads_is_measured_and_said(monkeypatch, capsys):
+    """All threads unless fewer are clearly faster: then the most of those that are as fast, with a line."""
+    set_to = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    for seconds, chosen in (({8: 1, 4: 2, 2: 4, 1: 8}, 8), ({8: 1.2, 4: 1, 2: 1, 1: 1}, 8),
+                            ({8: 9, 4: 3, 2: 1.1, 1: 1}, 2), ({8: 9, 4: 8, 2: 7, 1: 1}, 1)):
+        monkeypatch.setattr(runtime, "_seconds_of_convolution", lambda _, times=seconds: times[set_to[-1]])
+        assert runtime._measured_threads(8) == chosen
+        err = capsys.readouterr().err
+        assert (err == "") if chosen == 8 else (f"{chosen} of 8 threads" in err and "--threads" in err)
+
+
+@pytest.mark.parametrize("threads, environment, expected", [("3", "1", 3), ("auto", "2", None), ("auto", None, 5)])
+def test_threads_follow_the_option_then_the_environment_then_the_clock(threads, environment, expected, monkeypatch, tmp_path):
+    """The number is the run's: in args.json (a resumed run has the same) and in metrics.json."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(runtime, "_measured_threads", lambda limit: 5)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if environment:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    try:
+        _, args = opened(tmp_path / "run", "--threads", threads, "--device", "cpu")
+        expected = expected or before
+        assert torch.get_num_threads() == expected == runtime.environment()["threads"]
+        assert args.threads == str(expected) == json.loads((tmp_path / "run" / "args.json").read_text())["threads"]
+        assert parse("--out", tmp_path / "run", "--resume").threads == str(expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------------------------------- the ends
+
+
+def ends(main, capsys):
+    """(exit status, stderr) of a program that launch ends."""
+    with pytest.raises(SystemExit) as end:
+        runtime.launch(main)
+    return end.value.code, capsys.readouterr().err
+
+
+KEPT = {
+    "": "nothing is kept of it; the same command starts anew",
+    "checkpoint.pt": "the training is kept in .*checkpoint.pt: --resume",
+    "predictions.part.csv": "the scores so far are in",
+    "metrics.json": "the results in .* are complete",
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("error, said, status", [
+    (KeyboardInterrupt(), "interrupted", 130), (UsageError("a.png: gone"), "a.png: gone", 2),
+    (OSError(errno.ENOSPC, "No space left on device", "x.pt"), "x.pt: No space left on device", 2),
+    (MemoryError(), "out of memory: lower --batch-size", 2),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory", 2)])
+def test_who_ends_early_says_what_is_kept(error, said, status, name, tmp_path, capsys):
+    """One line, true in every state of the folder; before the folder was taken, nothing is said of it."""
+    def main(out):
+        if out:
+            opened(out)
+        if out and name:
+            (out / name).write_text("")
+        raise error
+
+    found, err = ends(lambda: main(tmp_path / "run"), capsys)
+    assert (found, err.count("\n")) == (status, 1) and err.startswith(f"method.py: {said}")
+    assert re.search(KEPT[name], err)
+    found, err = ends(lambda: main(None), capsys)
+    assert found == status and "; the" not in err and "nothing" not in err
+
+
+def test_a_fault_of_ours_keeps_its_traceback_and_says_what_is_kept(tmp_path, capsys):
+    def main():
+        opened(tmp_path / "run")
+        (tmp_path / "run" / "checkpoint.pt").write_text("")
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        runtime.launch(main)
+    assert "--resume" in capsys.readouterr().err
+    opened(tmp_path / "other")
+    assert claim(tmp_path / "run", 0).communicate()[0] != "", "the folder is free again"
+
+
+def test_a_run_goes_on_when_nobody_reads_its_output(tmp_path):
+    """`| head -1` closes the pipe in the middle of a training, which must not cost the training."""
+    text = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from common import runtime
+def main():
+    run = runtime.Run("m", None, torch.device("cpu"))
+    for i in range(3):
+        run.say("line" * 30000)
+    open(sys.argv[2], "w").write("done")
+runtime.launch(main)
+"""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", text, ROOT, tmp_path / "x"], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"") and (tmp_path / "x").read_text() == "done"
+
+
+def heeds_ctrl_c():
+    """In a new process, even if pytest runs in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_ctrl_c_in_a_training_is_one_line_and_true(tiny_data, tmp_path):
+    """The whole program: interrupted by the signal of the terminal, which loader processes get as well."""
+    words = [sys.executable, ROOT / "omniad.py", "--data", tiny_data, "--classes", "screw", "--steps", "400",
+             "--image-size", "64", "--depths", "1,1,1,1", "--batch-size", "2", "--memory-share", "0", "--workers", "1",
+             "--checkpoint-every", "2", "--out", tmp_path / "run"]
+    process = subprocess.Popen([str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True, preexec_fn=heeds_ctrl_c)
+    while not (tmp_path / "run" / "checkpoint.pt").is_file():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    lines = err.splitlines()
+    assert process.returncode == 130 and len(lines) == 1, err
+    assert lines[0].startswith("omniad.py: interrupted; the training is kept in") and "--resume" in lines[0]
+    state = runtime.load_checkpoint(tmp_path / "run" / "checkpoint.pt", "omniad")
+    assert state["step"] >= 2 and state["finished"] == []
