@@ -178,6 +178,14 @@ class Args(Options):
         low=0.0,
         high=0.9,
     )
+    fix_threshold: float = option(
+        0.0,
+        "share of each class's training images that neither stage sees: the one threshold that "
+        "the report then fixes on them alone",
+        group="data",
+        low=0.0,
+        high=0.9,
+    )
     base: str = option(
         "revdist", "the detector that is calibrated", group="model", choices=tuple(RECIPES)
     )
@@ -343,7 +351,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from common import backbones, data, metrics, papers, pictures, report, runtime
+from common import backbones, data, metrics, papers, pictures, report, runtime, thresholds
 from common.maps import gaussian_window, image_score, name_of_rule
 
 # ------------------------------------------------------------------------------------- calibration
@@ -1075,8 +1083,8 @@ def train_calibration(args, run, base, images, samples, state):
         optimizer.step()
         job.record(loss, parts)
     score = Scorer(args, run, base, calibration.eval())
-    normal = report.normal_score(run, args, score, samples, images)
-    return calibration, job.finish(normal_score=normal)
+    found = thresholds.of_training_images(run, args, score, samples, images)
+    return calibration, job.finish(**found)
 
 
 # ----------------------------------------------------------------------------------------- scoring
@@ -1188,13 +1196,22 @@ def best_threshold(rows):
     return {"threshold": threshold, **outcome(scores >= threshold, labels, classes)}
 
 
-def alarm_threshold(rows, rate=0.05):
-    """The lowest threshold at which no more than `rate` of all good images of the pool are called
-    defective, and `outcome`; None without a good image."""
+FALSE_ALARMS = 0.05  # the share of good images that a threshold may call defective
+
+
+def alarm_threshold(rows, good=None):
+    """The lowest threshold at which no more than FALSE_ALARMS of all good images are called
+    defective, and `outcome`; None without a good image.
+
+    rows: (path, class, label, score) of the test images. good: scores of good images (N,) to fix the
+    threshold on; None: the good ones among the test images (the oracle's: it looks at the labels).
+    """
     classes, labels, scores = columns_of(rows)
-    if labels.all():
+    if good is None:
+        good = scores[~labels]
+    if len(good) == 0:
         return None
-    threshold = float(np.quantile(scores[~labels], 1 - rate, method="higher"))
+    threshold = float(np.quantile(good, 1 - FALSE_ALARMS, method="higher"))
     return {"threshold": threshold, **outcome(scores > threshold, labels, classes)}
 
 
@@ -1317,7 +1334,7 @@ def draw_pixels(args, run, dataset, score, per_class=8, step=16):
 
 
 def main():
-    args = runtime.parse(Args, presets, __doc__)
+    args = runtime.parse(Args, presets, __doc__, method="cada")
     if args.base_run:
         args = of_base_run(args)
     check(args)
@@ -1328,9 +1345,14 @@ def main():
         state = base_of_checkpoint(args, state)
     runtime.check_normal_score(args, state, ("image_size", "smoothing", "padding", "score"))
     dataset, images = runtime.training_data(run, args)
-    if args.contaminate and dataset:
+    if dataset and (args.contaminate or args.fix_threshold):
         contaminate(dataset, args.contaminate, args.seed)
-        images = data.Images(dataset.train, args.image_size, memory_share=args.memory_share)
+        if dataset.test:
+            parts = runtime.hold_out(dataset.train, args.fix_threshold, args.seed)
+            dataset.train, run.held_out = parts
+        images = data.Images(
+            dataset.train, args.image_size, memory_share=args.memory_share, depths=run.depths
+        )
     if args.base_run:
         calibrate_run(args, run, dataset)
     else:
@@ -1356,7 +1378,11 @@ def calibrate_base(args, run, dataset, images, state):
     calibration, state = train_calibration(args, run, base, images, samples, state)
     if args.predict:
         score = Scorer(args, run, base, calibration)
-        return report.predict(run, args, score, state["normal_score"])
+        normal, pixel = state["normal_score"], state["pixel_threshold"]
+        return report.predict(run, args, score, normal, pixel_threshold=pixel)
+    if not dataset.test:
+        score = Scorer(args, run, base, calibration)
+        return thresholds.without_test_images(run, args, dataset, score, state)
     evaluate(args, run, base, calibration, state, dataset)
 
 
@@ -1375,10 +1401,11 @@ def calibrate_run(args, run, dataset):
 def check(args):
     """What single options cannot check about themselves: values that must fit each other."""
     if args.base_run:
-        for name in ("corrupt", "shift", "predict", "contaminate"):
+        for name in ("corrupt", "shift", "predict", "contaminate", "fix_threshold"):
             if getattr(args, name):
+                flag = "--" + name.replace("_", "-")
                 raise UsageError(
-                    f"--{name} needs the base itself; --base-run has only the maps of its run"
+                    f"{flag} needs the base itself; --base-run has only the maps of its run"
                 )
     multiple = BASES[args.base].size_multiple
     if not args.base_run and args.image_size % multiple:
@@ -1456,11 +1483,17 @@ def base_of_checkpoint(args, state):
 
 
 def check_contamination(args, saved):
-    """What the base has seen must not come back into the test set. On other data nothing was moved."""
+    """What the base has seen must not come back into the test set, or fix a threshold. On other data
+    nothing was moved."""
     if args.data != saved["data"]:
-        args.contaminate = 0.0
+        args.contaminate = args.fix_threshold = 0.0
         return
-    same_images = args.seed == saved["seed"] or saved["contaminate"] == 0
+    if args.fix_threshold != saved["fix_threshold"]:
+        raise UsageError(
+            f"--eval: the base was trained with --fix-threshold {saved['fix_threshold']}, so it has "
+            f"seen images that {args.fix_threshold} would hold out; leave that option out"
+        )
+    same_images = args.seed == saved["seed"] or not (saved["contaminate"] or args.fix_threshold)
     if args.contaminate != saved["contaminate"] or not same_images:
         raise UsageError(
             f"--eval: the base was trained with --contaminate {saved['contaminate']} and --seed "
@@ -1513,7 +1546,7 @@ def evaluate(args, run, base, calibration, state, dataset):
         compare={"without calibration": plain.rep} if plain else None,
     )
     if run.is_rank0:
-        rows = report_thresholds(args, run, plain, correlations(passes[0]))
+        rows = report_thresholds(args, run, score, plain, correlations(passes[0]))
         if plain:
             draw_changed(args, run, dataset, score, plain.rows, rows)
             draw_pixels(args, run, dataset, score)
@@ -1582,11 +1615,11 @@ def count_parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def report_thresholds(args, run, plain, related):
-    """calibration.json, Fig. 5 and the table of one threshold.
+def report_thresholds(args, run, score, plain, related):
+    """calibration.json, Fig. 5 and the tables of one threshold.
 
-    plain: the pass without calibration, or None. related: `correlations`. Returns the rows
-    (path, class, label, score).
+    score: the `Scorer`. plain: the pass without calibration, or None. related: `correlations`.
+    Returns the rows (path, class, label, score).
     """
     with open(run.out / "scores.csv") as file:
         records = list(csv.DictReader(file))
@@ -1596,12 +1629,25 @@ def report_thresholds(args, run, plain, related):
         parts = {"without calibration": plain.rows, f"calibration: {args.calibrate}": rows}
     best = {title: best_threshold(part) for title, part in parts.items()}
     alarms = {title: alarm_threshold(part) for title, part in parts.items()}
-    content = {"threshold": best, "threshold at 5 % false alarms": alarms, "correlation": related}
+    fixed = {}  # on training images that neither stage has seen
+    for title, part in parts.items():
+        function = score.plain if title == "without calibration" else score
+        if run.held_out:
+            fixed[title] = alarm_threshold(part, scores_of_held_out(args, run, function))
+    content = {
+        "threshold": best,
+        "threshold at 5 % false alarms": alarms,
+        "threshold fixed on training images": fixed,
+        "correlation": related,
+    }
     content = json.dumps(content, indent=1) + "\n"
     runtime.write_atomic(run.out / "calibration.json", content.encode())
     pictures.distributions(run.out / "pictures" / "distributions.png", parts)
     run.say(threshold_table("one threshold: best F1", best))
     run.say(threshold_table("5 % false alarms", alarms))
+    if fixed:
+        title = f"fixed on {len(run.held_out)} held out"
+        run.say(threshold_table(title, fixed))
     for name, values in related.items():
         known = [value for value in values.values() if value is not None]
         if known:
@@ -1610,6 +1656,17 @@ def report_thresholds(args, run, plain, related):
                 f"{np.mean(known):+.2f}, from {min(known):+.2f} to {max(known):+.2f}"
             )
     return rows
+
+
+def scores_of_held_out(args, run, function):
+    """Image scores of the training images that neither stage has seen, (N,)."""
+    images = data.Images(run.held_out, args.image_size, depths=run.depths)
+    scores = []
+    for first in range(0, len(images), args.batch_size):
+        part = run.held_out[first : first + args.batch_size]
+        batch = torch.stack([images[first + i] for i in range(len(part))])  # (B, 3, S, S)
+        scores += function(run.to_device(batch), part)[1].tolist()
+    return np.array(scores)
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from common import UsageError, backbones, papers, report, runtime
+from common import UsageError, backbones, papers, report, runtime, thresholds
 from common.maps import gaussian, image_score, name_of_rule
 
 # ------------------------------------------------------------------------------------------- model
@@ -459,8 +459,7 @@ def train(args, run, features, model, images):
         optimizer.step()
         job.record(loss, parts)
     score = Scorer(args, run, features, model)
-    normal = report.normal_score(run, args, score, images.samples, images)
-    return job.finish(normal_score=normal)
+    return job.finish(**thresholds.of_training_images(run, args, score, images.samples, images))
 
 
 def deviations_of_images(args, run, features, images):
@@ -490,7 +489,6 @@ class Scorer:
         with self.run.autocast():
             phi = self.model.neck(*maps)
             rebuilt = self.model.decode(phi)
-        rebuilt = [f.float() for f in rebuilt]
         anomaly = kernels.cosine_map(maps, rebuilt, self.args.image_size, reduce="sum")
         anomaly = gaussian(anomaly, self.args.sigma)
         return anomaly, image_score(anomaly, self.args.score), phi.float().mean((2, 3))
@@ -500,7 +498,7 @@ class Scorer:
 
 
 def main(method="omniad"):
-    args = runtime.parse(Args, PRESETS, __doc__)
+    args = runtime.parse(Args, PRESETS, __doc__, method=method)
     check(args)
     if args.flops:
         return costs(args)
@@ -523,7 +521,10 @@ def main(method="omniad"):
         state = train(args, run, features, model, images)
     score = Scorer(args, run, features, model)
     if args.predict:
-        return report.predict(run, args, score, state["normal_score"])
+        normal, pixel = state["normal_score"], state["pixel_threshold"]
+        return report.predict(run, args, score, normal, pixel_threshold=pixel)
+    if not dataset.test:
+        return thresholds.without_test_images(run, args, dataset, score, state)
     report.evaluate(
         run,
         args,

@@ -233,7 +233,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 import kernels
-from common import backbones, data, papers, report, runtime
+from common import backbones, data, papers, report, runtime, thresholds
 from common.maps import box, image_score
 
 # ------------------------------------------------------------------------------------------- model
@@ -1017,16 +1017,22 @@ def combine(error, logits, scale, args):
     return s, image_score(box(s, args.pool), "max")
 
 
-def normal_score(args, state, scale):
-    """The 99 % quantile of the training images' scores, as the scoring options make them: what
-    --predict compares with."""
-    scores = []
+def normal_thresholds(args, state, scale):
+    """The thresholds of --predict, {"normal_score", "pixel_threshold"}: of good images that were held
+    out, else of training images, as the scoring options of this call make their scores."""
+    if "normal_score" in state:
+        names = "image_size", "alpha", "pool", "score_scale", "prompt_of"
+        runtime.check_normal_score(args, state, names)
+        return state
+    scores, peaks = [], []
     for i in range(len(state["normal_errors"])):
         error, logits = state["normal_errors"][i : i + 1], None
         if args.refiner:
             logits = state["normal_logits"][i : i + 1]
-        scores.append(combine(error, logits, scale, args)[1])
-    return torch.cat(scores).quantile(0.99).item()
+        s, value = combine(error, logits, scale, args)
+        scores.append(value.item())
+        peaks.append(s.max().item())
+    return thresholds.quantiles(scores, peaks)
 
 
 class Scorer:
@@ -1144,7 +1150,7 @@ def scale_of_test_set(args, run, score, dataset):
 
 
 def main():
-    args = runtime.parse(Args, PRESETS, __doc__)
+    args = runtime.parse(Args, PRESETS, __doc__, method="onenip")
     check(args)
     run = runtime.start(args, "onenip")
     kernels.set_backend(args.kernels)
@@ -1167,8 +1173,13 @@ def main():
         state = train(args, run, features, model, images, dataset)
     score = scorer(args, run, features, model, state, dataset, images)
     if args.predict:
-        normal = normal_score(args, state, score.scale)
-        return report.predict(run, args, score, normal, columns_of(args, score))
+        found = normal_thresholds(args, state, score.scale)
+        normal, pixel = found["normal_score"], found["pixel_threshold"]
+        columns = columns_of(args, score)
+        return report.predict(run, args, score, normal, columns, pixel_threshold=pixel)
+    if not dataset.test:
+        state |= normal_thresholds(args, state, score.scale)
+        return thresholds.without_test_images(run, args, dataset, score, state)
 
     def accuracy():
         return {"prompt selection accuracy": selection_accuracy(run, score, dataset.test)}

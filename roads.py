@@ -210,7 +210,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 
 import kernels
-from common import UsageError, backbones, data, metrics, papers, report, runtime
+from common import UsageError, backbones, data, metrics, papers, report, runtime, thresholds
 from common.maps import gaussian, image_score, name_of_rule
 
 # ------------------------------------------------------------------------------------------- model
@@ -570,8 +570,8 @@ def losses(model, maps, images, class_number, shifted, args):
     images, averaged over the code's entries.
     """
     out = model(maps, images, class_number, shifted)
-    rebuilt = [f.float() for f in out["maps"]]
-    L_KD = kernels.cosine_loss(maps, rebuilt, flat=args.distance == "flat")  # Eq. 5: Σ (1 - cos)
+    flat = args.distance == "flat"
+    L_KD = kernels.cosine_loss(maps, out["maps"], flat=flat)  # Eq. 5: Σ (1 - cos)
     L_CE = L_zeta = L_CS = 0.0
     parts = {"kd": L_KD}
     if "selector" in out:
@@ -718,8 +718,7 @@ def train(args, run, features, model, images, class_names):
         optimizer.step()
         job.record(loss, parts)
     score = Scorer(args, run, features, model, class_names)
-    normal = report.normal_score(run, args, score, images.samples, images)
-    return job.finish(normal_score=normal)
+    return job.finish(**thresholds.of_training_images(run, args, score, images.samples, images))
 
 
 def class_numbers(samples, class_names):
@@ -771,8 +770,8 @@ class Scorer:
         """Anomaly maps (B, S, S), image scores (B,), and all that the model gave."""
         with self.run.autocast():
             out = self.model(maps, images, class_number)
-        rebuilt = [f.float() for f in out["maps"]]
-        anomaly = kernels.cosine_map(maps, rebuilt, self.args.image_size, reduce="sum")
+        size = self.args.image_size
+        anomaly = kernels.cosine_map(maps, out["maps"], size, reduce="sum")
         anomaly = gaussian(anomaly, self.args.sigma)
         return anomaly, image_score(anomaly, "max"), out
 
@@ -857,7 +856,7 @@ class Scorer:
 
 
 def main(method="roads"):
-    args = runtime.parse(Args, PRESETS, __doc__)
+    args = runtime.parse(Args, PRESETS, __doc__, method=method)
     check(args)
     run = runtime.start(args, method)
     kernels.set_backend(args.kernels)
@@ -883,7 +882,10 @@ def main(method="roads"):
         columns = {}
         if args.prompts:
             columns["class"] = score.class_chosen
-        return report.predict(run, args, score, state["normal_score"], columns)
+        normal, pixel = state["normal_score"], state["pixel_threshold"]
+        return report.predict(run, args, score, normal, columns, pixel_threshold=pixel)
+    if not dataset.test:
+        return thresholds.without_test_images(run, args, dataset, score, state)
     if args.shift and model.adapter:
         score.follow(dataset.test)
     report.evaluate(

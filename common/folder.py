@@ -1,12 +1,13 @@
 """The folder of a run, --out: one run at a time writes there, and everything in it is of that run.
 
-    folder.refuse(out, args)        # early: a line for the user if `out` holds what must not be replaced
-    folder.take(out, args)          # before the first file: claimed for this process, and emptied
-    folder.kept()                   # for the user, when the run ends early: what is left, and how to go on
+    folder.refuse(out, args)     # early: UsageError if `out` holds what must not be replaced
+    folder.take(out, args)       # before the first file: claimed for this process, and emptied
+    folder.kept()                # when the run ends early: what is left, and how to go on
 
-A folder is a run's if args.json lies in it. Its run is finished once one of RESULTS is there, each written last and
-at once; else it can be resumed from its checkpoint.pt; and if it has none, nothing in it is worth keeping, so that the
-next run (mostly the same command, put right) takes the folder over. Nothing heavy is imported here.
+A folder is a run's if args.json lies in it. Its run is finished once one of RESULTS is there, each
+written last and at once; else it can be resumed from its checkpoint.pt; and if it has none, nothing
+in it is worth keeping, so that the next run (mostly the same command, put right) takes the folder
+over. Nothing heavy is imported here.
 """
 
 import contextlib
@@ -46,9 +47,9 @@ def refuse(out, args):
     """Whether a run with these options may have the folder.
 
     Raises:
-        UsageError: `out` is a file; holds files of our names but no run; another process writes there;
-            it holds a finished or interrupted run, without --overwrite or --resume; or something that
-            an option names lies in it and would be deleted.
+        UsageError: `out` is a file; holds files of our names but no run; another process writes
+            there; it holds a finished or interrupted run, without --overwrite or --resume; or
+            something that an option names lies in it and would be deleted.
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; name a folder")
@@ -60,7 +61,8 @@ def refuse(out, args):
         foreign = [name for name in (*FILES, *FOLDERS) if (out / name).exists()]
         if foreign:
             raise UsageError(
-                f"--out {out}: there is {foreign[0]} in it, but no run (no args.json); name a new folder"
+                f"--out {out}: there is {foreign[0]} in it, but no run (no args.json); name a new "
+                "folder"
             )
         return
     if not args.overwrite:
@@ -169,8 +171,9 @@ def kept():
         return f"the results in {out} are complete"
     if (out / "checkpoint.pt").is_file():
         return f"the training is kept in {out / 'checkpoint.pt'}: --resume --out {out} goes on"
-    if (out / "predictions.part.csv").is_file():
-        return f"the scores so far are in {out / 'predictions.part.csv'}; the same command starts anew"
+    part = out / "predictions.part.csv"
+    if part.is_file():
+        return f"the scores so far are in {part}; the same command starts anew"
     return "nothing is kept of it; the same command starts anew"
 
 

@@ -1,4 +1,4 @@
-"""Anomaly maps, (B, S, S): smoothing, and the image score made of a map."""
+"""Anomaly maps, (B, S, S): smoothing, and the image score that follows from a map."""
 
 import functools
 
@@ -27,8 +27,8 @@ def _gaussian_matrix(size, sigma, device):
     offset = torch.arange(-radius, radius + 1)  # (2r + 1,)
     weight = torch.exp(-0.5 * (offset / sigma) ** 2)
     weight = (weight / weight.sum()).expand(size, -1)  # (size, 2r + 1)
-    # row i of G holds the weights of pixels i - r ... i + r, of a signal that is mirrored at its
-    # edges and so has the period 2 size
+    # Row i of G holds the weights of pixels i - r ... i + r, of a signal that is mirrored at its
+    # edges and so has a period of 2 size.
     at = (torch.arange(size)[:, None] + offset) % (2 * size)  # (size, 2r + 1)
     at = torch.minimum(at, 2 * size - 1 - at)
     return torch.zeros(size, size).scatter_add_(1, at, weight).to(device)

@@ -7,8 +7,9 @@
     PRESETS = {"paper": {}, "laptop": {"width": 64}}
     args = parse(Args, PRESETS, __doc__, method="omniad")
 
-Nothing heavy is imported here: a script that calls `before_torch` between its options and its `import torch` answers
---help, and a wrong option, at once, and ends in one line if Ctrl-C comes while torch is imported.
+Nothing heavy is imported here: a script that calls `before_torch` between its options and its
+`import torch` answers --help, and a wrong option, at once, and ends in one line if Ctrl-C comes
+while torch is imported.
 """
 
 import argparse
@@ -45,6 +46,7 @@ OF_THE_RUN = (
     "workers",
     "data_root",
     "predict",
+    "threshold",
     "threads",
     "holdout",
 )
@@ -92,8 +94,8 @@ class Options:
 
     data: str = option(
         "synth",
-        "synth, mvtec, visa, btad, realiad, several joined with +, or a folder: in MVTec layout, or "
-        "of good images only",
+        "synth, mvtec, visa, btad, realiad, several joined with +, or a folder: in MVTec layout, "
+        "or of good images only",
         group="data",
     )
     data_root: str = option(
@@ -146,6 +148,11 @@ class Options:
     predict: list = option(
         [], "no training: score these images or folders with --eval CKPT", nargs="+"
     )
+    threshold: float = option(
+        0.0,
+        "--predict: the image score above which an image is called defective (default: the score "
+        "that 99 % of good images do not reach, from the checkpoint)",
+    )
     save_maps: bool = option(
         False, "keep the anomaly maps and pooled features, maps/<class>.npz and maps/train/"
     )
@@ -158,7 +165,7 @@ class Options:
     )
     threads: str = option(
         "auto",
-        "CPU threads of PyTorch: a number, or auto: $OMP_NUM_THREADS, else as measured at the start",
+        "CPU threads of PyTorch: a number, or auto: $OMP_NUM_THREADS, else measured at the start",
     )
     amp: str = option(
         "off",
@@ -199,8 +206,9 @@ class _Parser(argparse.ArgumentParser):
             formatter.start_section(group.title)
             formatter.add_arguments(group._group_actions)
             formatter.end_section()
-        usage = f"usage: {self.prog} [--option value ...]\n\nexamples:\n{EXAMPLES.format(self.prog)}"
-        return f"{self.description}\n\n{usage}\n\n{formatter.format_help()}"
+        usage = f"usage: {self.prog} [--option value ...]"
+        examples = f"examples:\n{EXAMPLES.format(self.prog)}"
+        return "\n\n".join([self.description, usage, examples, formatter.format_help()])
 
 
 def before_torch(Args, presets, description):
@@ -224,13 +232,16 @@ def before_torch(Args, presets, description):
     except UsageError as error:
         tell(f"{Path(sys.argv[0]).name}: {error}")
         sys.exit(2)
+    except BrokenPipeError:  # --help, which nobody reads
+        to_nowhere(sys.stdout)
+        sys.exit(0)
     finally:
         flush_output()
 
 
 def any_output():
-    """What stdout and stderr cannot encode is written as \\x.., in place of an error: file names that
-    are no UTF-8, and every sign that an old code page lacks."""
+    """What stdout and stderr cannot encode is written as \\x.., in place of an error: file names
+    that are no UTF-8, and every sign that an old code page lacks."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -245,7 +256,7 @@ def tell(line):
 
 
 def flush_output():
-    """Write what is buffered. Where nobody reads any more (`| head`), it is dropped without a word."""
+    """Write what is buffered. Where nobody reads any more (`| head`), it is dropped."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -267,7 +278,7 @@ def interrupted_early(*_):
 
 
 def _wait_briefly():
-    """OpenMP threads that wait for one another give up their core soon, unless the user has said how.
+    """OpenMP threads that wait for one another give up their core soon, unless the user said how.
 
     GNU's OpenMP, with which PyTorch is built on Linux, has them spin for milliseconds: beside other
     programs the threads then steal each other's time. It reads this when torch is imported.
@@ -394,6 +405,8 @@ def _check_given(given, Args):
         raise UsageError(f"--threads {threads}: must be auto or a number above 0")
     if given.get("predict") and not given.get("eval"):
         raise UsageError("--predict needs --eval CHECKPOINT: the trained model to score with")
+    if "threshold" in given and not given.get("predict"):
+        raise UsageError("--threshold needs --predict: the metrics have none")
     if given.get("resume") and (given.get("eval") or given.get("overwrite")):
         raise UsageError("--resume goes with neither --eval nor --overwrite")
 
@@ -420,7 +433,7 @@ def _of_checkpoint(given, fields, method):
     """The options that the checkpoint to evaluate was trained with.
 
     Raises:
-        UsageError: no such checkpoint, of another script, or a file that it was trained with is gone.
+        UsageError: no such checkpoint, of another script, or what it was trained with is gone.
     """
     from common.runtime import load_checkpoint  # torch
 
@@ -433,8 +446,8 @@ def _of_checkpoint(given, fields, method):
         needed = name != "data" or not given.get("predict")
         if needed and _is_gone(saved[name]):
             raise UsageError(
-                f"{path} was trained with {_flag(name)} {saved[name]}, which is not there now; name it "
-                f"anew with {_flag(name)}"
+                f"{path} was trained with {_flag(name)} {saved[name]}, which is not there now; "
+                f"name it anew with {_flag(name)}"
             )
     return saved
 

@@ -1,4 +1,4 @@
-"""Pages to look through in a browser: each is one file, pictures included, and asks no network.
+"""Pages to look through in a browser: each is one file, pictures included, and needs no network.
 
     predictions.html   what --predict gave, the highest score first           (`Predictions`)
     run.html           a finished run: misses and false alarms, table, classes   (`run_page`)
@@ -22,7 +22,7 @@ from PIL import Image
 from common import UsageError, data, metrics, pictures
 
 THUMBNAIL = 160  # pixels of a picture's longer side
-FAILURES = 12  # misses shown of a class, and false alarms
+FAILURES = 12  # at most so many misses of a class are shown, and as many false alarms
 
 STYLE = """
 :root { color-scheme: light dark; --pale: #8884;
@@ -81,7 +81,7 @@ show();
 
 
 def readable(path):
-    """A path, or text with paths in it, to be printed: bytes that are no UTF-8 become U+FFFD."""
+    """A path, or text with paths in it, to be printed: bytes that are not UTF-8 become U+FFFD."""
     return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
@@ -116,12 +116,13 @@ def jpeg(picture):
 
 
 def embedded(content, kind="jpeg"):
-    """Bytes of a picture -> its address that holds it."""
+    """Bytes of a picture -> an address (data:...) that contains them."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def figure(caption, picture=None, links=None):
-    """The inside of <figure>: bytes. picture: of a JPEG; links: {name: path from the page}."""
+    """The inside of <figure>, bytes. picture: the bytes of a JPEG; links: {name: path from the
+    page}."""
     parts, addresses = [], {name: link(path) for name, path in (links or {}).items()}
     if picture is not None:
         image = f'<img alt="" loading="lazy" src="{embedded(picture)}">'
@@ -223,8 +224,8 @@ def run_page(folder, columns):
     setting = [f"{escaped(name)}: {escaped(value)}" for name, value in result["setting"].items()]
     body = [f"<h1>{escaped(result['method'])} on {escaped(result['data'])}</h1>",
             f"<p class=note>{', '.join(setting)}</p>",
-            f"<p class=note>{result['images']} test images, seed {result['seed']}, commit "
-            f"{escaped(result['commit'])}, {text(seconds.get('train'))} s of training</p>",
+            (f"<p class=note>{result['images']} test images, seed {result['seed']}, commit "
+             f"{escaped(result['commit'])}, {text(seconds.get('train'))} s of training</p>"),
             *_problems(result), *_failures(folder, rows), *_table(result, columns),
             *_class_pictures(folder, result)]
     return document(f"{result['method']}: {result['data']}", "\n".join(body))
@@ -258,10 +259,10 @@ def _problems(result):
 def _failures(folder, rows):
     """Misses and false alarms: the class with the most first, of each class the worst first."""
     parts = ["<h2>Misses and false alarms</h2>",
-             "<p class=note>For each class at the threshold of its best F1 on these test images; "
-             "one that is chosen without their labels does no better in F1. Left the picture, "
-             "then, where --save-maps kept them, the true region and the anomaly map over the picture, "
-             "one colour scale a class.</p>"]
+             ("<p class=note>For each class at the threshold of its best F1 on these test images; "
+              "one that is chosen without their labels does no better in F1. Left the picture, "
+              "then, where --save-maps kept them, the true region and the anomaly map over the "
+              "picture, one colour scale a class.</p>")]
     corrupt = _args(folder).get("corrupt")
     if corrupt:
         parts.append(f"<p class=note>Scored under --corrupt {escaped(corrupt)}, shown without.</p>")
@@ -291,9 +292,9 @@ def _failures_of_class(folder, cls, rows):
         return 0, f"<h3>{escaped(cls)}</h3><p class=note>{note}: no threshold</p>"
     misses = sorted((row for row in bad if row[3] < threshold), key=lambda row: row[3])
     alarms = sorted((row for row in good if row[3] >= threshold), key=lambda row: -row[3])
-    parts = [f"<h3>{escaped(cls)}: {len(misses)} of {len(bad)} defective images missed, "
-             f"{len(alarms)} false alarms on {len(good)} good ones "
-             f"(threshold {threshold:.4g})</h3>"]
+    parts = [(f"<h3>{escaped(cls)}: {len(misses)} of {len(bad)} defective images missed, "
+              f"{len(alarms)} false alarms on {len(good)} good ones "
+              f"(threshold {threshold:.4g})</h3>")]
     if misses or alarms:
         maps = _Maps(folder, cls)
         parts.append("<div class=figures>")
@@ -350,14 +351,15 @@ class _Maps:
 
 
 def thumbnail(path):
-    """uint8 (h, w, 3), the longer side at most THUMBNAIL. Raises UsageError as `read_image`."""
+    """uint8 (h, w, 3), the longer side at most THUMBNAIL. Raises UsageError as
+    `data.read_image` does."""
     picture = Image.fromarray(data.read_image(Path(path)))
     picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
     return np.asarray(picture)
 
 
 def _table(result, columns):
-    """The seven metrics in per cent, the paper's below ours."""
+    """The metrics of `columns` in per cent, the paper's below ours."""
     paper = result.get("paper") or {}
     head = "".join(f"<th>{title}</th>" for title in columns.values())
     lines = ["<h2>Metrics in per cent</h2><div class=scroll><table>",
@@ -387,8 +389,8 @@ def _class_pictures(folder, result):
         return 2 if value is None else value
 
     parts = ["<h2>Classes</h2>",
-             "<p class=note>The class with the lowest I-AUROC first. Picture, true region, anomaly "
-             "map, both; below them the scores.</p>"]
+             ("<p class=note>The class with the lowest I-AUROC first. Picture, true region, anomaly "
+              "map, both; below them the scores.</p>")]
     names = sorted(result["classes"], key=auroc)
     files = {folder / "pictures" / pictures.file_of(name, names): name for name in names}
     for file in sorted((folder / "pictures").glob("*.png")):
@@ -408,8 +410,8 @@ def compare_page(folders, columns):
     """The page of several finished runs, HTML: their metrics, and the same images as each of them
     sees them.
 
-    Raises UsageError if one of them is no finished run, keeps no maps, or has no image in common
-    with the others.
+    Raises UsageError if one of them is not a finished run or keeps no maps, if they have no class
+    in common, or if they have no image of such a class in common.
     """
     results = [_read_run(folder)[0] for folder in folders]
     names = [f"{folder.name} ({result['method']})" for folder, result in zip(folders, results)]

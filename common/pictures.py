@@ -1,7 +1,7 @@
 """Drawing: heat-maps, overlays, pictures side by side with titles, histograms of scores, curves.
 
-Arrays of pixels are uint8 (H, W, 3), RGB; a canvas is a Pillow image. No function here knows what
-is drawn or where it lies: `report.py` and `pages.py` decide that.
+Arrays of pixels are uint8 (H, W, 3), RGB; a canvas is a Pillow image. What is drawn, and in which
+folder it lies, is decided by `report.py`, `prediction.py`, `pages.py` and the scripts.
 """
 
 import math
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 HEAT = np.array([[0, 0, 4], [40, 11, 84], [101, 21, 110], [159, 42, 99], [212, 72, 66],
                  [245, 125, 21], [250, 193, 39], [252, 255, 164]], float)
 GREEN, RED, GREY, PALE = (64, 160, 72), (208, 60, 56), (90, 90, 90), (225, 225, 225)
-# Told apart without seeing red or green, too.
+# Four colours that can be told apart without telling red from green.
 LINES = (230, 159, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167)
 TITLE = 18  # height of a title in pixels
 
@@ -110,7 +110,8 @@ def titled(canvas, text):
 
 
 def histogram(good, bad, width, height=120, bins=40, limits=None):
-    """Scores of good (green) and defective (red) images, each as a share of its own number.
+    """Scores of good (green) and defective (red) images; a bar is a share of the images of its
+    colour.
 
     limits: (lowest, highest) score of the axis; None: of these scores.
     """
@@ -138,7 +139,8 @@ OWN_PICTURES = ("overview", "shift", "distributions", "pixels", "changed")  # in
 
 
 def file_of(cls, classes):
-    """The file name of a class's picture: CLASS.png, unless one of ours is called so."""
+    """The file name of a class's picture: CLASS.png, or CLASS-class.png where CLASS is one of
+    OWN_PICTURES; with "-class" repeated while another class has that name."""
     name = cls
     while name in OWN_PICTURES or (name != cls and name in classes):
         name += "-class"
@@ -148,7 +150,7 @@ def file_of(cls, classes):
 def distributions(path, parts):
     """PNG of the image scores of every class on one axis, side by side for several ways to score.
 
-    parts: {title: rows (path, class, label, score)}, as `report.measure` gives them.
+    parts: {title: rows (path, class, label, score)}, like `rows` of a `report.Pass`.
     """
     panels = []
     for title, rows in parts.items():

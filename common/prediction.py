@@ -26,7 +26,7 @@ from common import UsageError, data, pages, pictures
 
 COLUMNS = ("path", "score", "ratio", "verdict")  # then the method's own, then the reason
 SHOWN = 20  # rows printed at the end
-THUMBNAIL = 128  # pixels of its longer side
+THUMBNAIL = 128  # pixels of a thumbnail's longer side
 
 
 @dataclass
@@ -58,14 +58,15 @@ def predict(run, args, score, normal_score, columns=None, pixel_threshold=None):
     Args:
         score: (images (B, 3, S, S) uint8 on the run's device, their B samples) -> (maps (B, S, S),
             scores (B,)), float tensors; the samples have class "" and label 0.
-        normal_score: the image score that 99 % of good images do not reach. It is the threshold,
-            unless `args.threshold` is above 0: a picture with a higher score is called defective.
-            Column `ratio` is score / threshold; empty if the threshold is not above 0.
+        normal_score: the 99 % quantile of the training images' scores. It is the threshold, unless
+            `args.threshold` is above 0 and takes its place. A picture whose score is higher than
+            the threshold is called defective. Column `ratio` is score / threshold; empty if the
+            threshold is not above 0.
         columns: {name: function(sample, score) -> value}: the method's own columns, after the
             verdict.
         pixel_threshold: of the maps' values; None: no masks.
     Raises:
-        UsageError: a path of --predict does not exist, or there is no image in any.
+        UsageError: a path of --predict does not exist, or none of them holds an image.
         SystemExit: status 1, at the end, if a picture has no score; column `reason` says why.
     """
     if run.rank > 0:
@@ -81,7 +82,7 @@ def predict(run, args, score, normal_score, columns=None, pixel_threshold=None):
     ahead = 2 * args.batch_size + 8  # pictures under way in each step
     page, summary = pages.Predictions(run.out), _Summary()
     unfinished = run.out / "predictions.part.csv"
-    # Bytes that are no UTF-8 in a file name are written as they are.
+    # Bytes of a file name that are not UTF-8 are written as they are.
     text = dict(newline="", encoding="utf-8", errors="surrogateescape")
     threads = ThreadPoolExecutor(_cores() + 1)
     with threads as pool, open(unfinished, "w", buffering=1, **text) as file:
@@ -115,8 +116,8 @@ def _inputs(paths):
 
     A file that is reached twice, through a link between folders or because it is named twice, is
     taken once, by its shorter path. The targets repeat the folders of the input. A second input of
-    the same name becomes NAME-2; files that differ only in their suffix keep it. Letters' case
-    makes no difference, as on many file systems.
+    the same name becomes NAME-2; files that differ only in their suffix keep it. Upper and lower
+    case make no difference, as on many file systems.
     """
     places, roots = {}, set()  # (real folder, name) -> (file, its place below pictures/)
     real_folder = functools.lru_cache(os.path.realpath)
@@ -132,7 +133,7 @@ def _inputs(paths):
     stems, taken = Counter(), set()
     for _, place in places.values():
         stems[_folded(place.parent / place.stem)] += 1
-        taken.update(_folded(folder) for folder in place.parents)  # no file can be called so
+        taken.update(_folded(folder) for folder in place.parents)  # files cannot be called so
     predictions = []
     for file, place in places.values():
         alone = stems[_folded(place.parent / place.stem)] == 1
@@ -178,8 +179,9 @@ def _in_threads(pool, function, items, ahead):
 
 
 def _top(depths):
-    """The value that becomes white in grey pictures of more than 8 bits: the training images', if it is the same for
-    all classes (that of these pictures is not known). None: each picture's own decides."""
+    """The value that becomes white in grey pictures of more than 8 bits: that of the training
+    images, if it is the same for all classes (the class of these pictures is not known). None:
+    each picture's own largest value decides."""
     tops = {top for top in depths.values() if top is not None}
     return tops.pop() if len(tops) == 1 else None
 
@@ -273,7 +275,7 @@ def _save(picture, path):
 
 
 class _Summary:
-    """What is printed in the end: numbers, the highest scores, the first failure."""
+    """What is printed at the end: numbers, the highest scores, the first failure."""
 
     def __init__(self):
         self.numbers = Counter()

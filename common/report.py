@@ -1,10 +1,10 @@
-"""The evaluation that all methods share: tables, metrics.json, scores.csv, pictures.
+"""The evaluation that all methods share: tables, metrics.json, scores.csv, pictures, kept maps.
 
 A script gives a function `score(images, samples) -> (maps, scores)`; everything after that is here,
-but for `prediction.py` (--predict), `pictures.py` (drawing) and `pages.py` (HTML).
+except for `prediction.py` (--predict), `pictures.py` (drawing) and `pages.py` (HTML).
 
     python -m common.report RUN          RUN/run.html: misses and false alarms, table, pictures
-    python -m common.report RUN RUN ...  compare.html: the same images as each run sees them
+    python -m common.report RUN RUN ...  ./compare.html: the same images as each run sees them
 """
 
 import argparse
@@ -24,7 +24,7 @@ from common.pages import percent
 from common.pictures import distributions
 from common.prediction import predict
 
-__all__ = ["COLUMNS", "corruption", "distributions", "evaluate", "measure", "normal_score",
+__all__ = ["COLUMNS", "corruption", "distributions", "evaluate", "measure",
            "percent", "predict", "shifts"]
 
 COLUMNS = {"i_auroc": "I-AUROC", "i_ap": "I-AP", "i_f1max": "I-F1max", "p_auroc": "P-AUROC",
@@ -47,19 +47,20 @@ class Pass:
 
 @dataclass
 class Batch:
-    """What a batch of images was given, as numpy arrays."""
+    """A batch of images and what they were given, as numpy arrays."""
 
     first: int  # index of its first image
     samples: list  # B of them
     maps: np.ndarray  # (B, S, S)
     scores: np.ndarray  # (B,)
-    features: np.ndarray  # (B, C), or B times None
+    features: np.ndarray | list  # (B, C), or B times None
 
 
 def measure(run, args, dataset, score, *, corrupt=None, keep=False, described=None):
     """One pass over the test images that writes nothing. Returns a `Pass`.
 
-    corrupt: (name, severity) or None; keep: keep the maps; all others as in `evaluate`.
+    corrupt: (name, severity) or None. keep: also keep the maps, and the features if `described` is
+    given. All others as in `evaluate`.
     """
     samples = dataset.test[run.rank::run.world]  # every rank scores its share
     images = _images(run, args, samples, corrupt)
@@ -132,23 +133,6 @@ def _in_order(rows, samples):
     return sorted(rows, key=lambda row: order[row[0]])
 
 
-def normal_score(run, args, score, samples, images=None):
-    """What --predict compares with: the 99 % quantile of the scores of up to 256 training images.
-
-    samples: the training images. images: their pixels, `data.Images`; None if `score` needs none.
-    """
-    order = runtime.epoch_order(args.seed, 0, len(samples))[:256]
-    found = []
-    for first in run.progress(range(0, len(order), args.batch_size), "training statistics"):
-        index = order[first:first + args.batch_size]
-        batch = None
-        if images is not None:
-            batch = torch.stack([images[i] for i in index]).to(run.device)
-        _, scores = score(batch, [samples[i] for i in index])
-        found.append(scores)
-    return torch.cat(found).quantile(0.99).item()
-
-
 # ----------------------------------------------------------------------------------- the evaluation
 
 
@@ -160,22 +144,24 @@ def evaluate(run, args, dataset, score, *, setting, seconds, paper=None, extra=N
         score: (images (B, 3, S, S) uint8 on the run's device, their B samples) -> (maps (B, S, S),
             scores (B,)), float tensors; must not depend on what else is in the batch.
         setting: {name: value}, printed above the table and kept in metrics.json (size, smoothing,
-            image-score rule...).
-        seconds: of the training.
+            image-score rule, ...).
+        seconds: duration of the training.
         paper: {"source": str, "classes": {name: {metric: fraction}}, "mean": {...}, "mixed": {...},
             ...} or None.
         extra: called after each pass over the test images; its dict joins that pass's "setting" in
             metrics.json.
         described: like `score`, but returns one feature vector per image as a third, (B, C); kept
             beside the maps by --save-maps. Default: no features are kept.
-        compare: {name: report of `measure`}: what stands beside this result in a second table; or
-            None.
+        compare: {name: `Pass.rep` of `measure`}, results that stand beside this one in a second
+            table; or None.
     Returns:
         The content of metrics.json.
     """
     began = time.monotonic()
     corrupt = corruption(args)
-    found = measure(run, args, dataset, score, corrupt=corrupt, keep=args.save_maps, described=described)
+    found = measure(
+        run, args, dataset, score, corrupt=corrupt, keep=args.save_maps, described=described
+    )
     setting = {**setting, **_extra(extra), "mask": f"> 0, {args.mask_rule}",
                "metrics": found.rep["engine"], **_lost_masks(dataset, found)}
     result = _result(run, args, dataset, found, setting, seconds, paper, compare)
@@ -254,8 +240,8 @@ def shifts(args):
 
 
 def table(result):
-    """The seven metrics in per cent: classes, their mean (model-unified), all in one pool
-    (absolute-unified)."""
+    """The seven metrics and mAD in per cent: each class, the mean over classes (model-unified), all
+    classes in one pool (absolute-unified)."""
     paper = result["paper"] or {}
     width = max(12, *(len(name) + 2 for name in result["classes"]))
     lines = []
@@ -285,8 +271,8 @@ def _row(name, width, values, keys):
 
 
 def compare_table(result):
-    """Several results one below the other: means over classes (model-unified) and the pool
-    (absolute-unified)."""
+    """Several results one below the other: means over classes (model-unified), and all classes in
+    one pool (absolute-unified)."""
     if "compare" not in result:
         return ""
     results = {**result["compare"], "this result": result}
@@ -366,7 +352,7 @@ def _write_csv(path, header, rows):
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-    # Bytes that are no UTF-8 in a file name are written as they are.
+    # Bytes of a file name that are not UTF-8 are written as they are.
     runtime.write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 

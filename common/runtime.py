@@ -2,14 +2,14 @@
 
 A script uses it in this order:
 
-    args = runtime.parse(Args, PRESETS, __doc__, method="omniad")     # common/options.py
-    run = runtime.start(args, "omniad")               # device, threads, torchrun; refuses to overwrite a run
-    state = run.checkpoint_to_evaluate(args)          # --eval; None: a training
-    dataset, images = runtime.training_data(run, args)                # every file looked at
-    ...                                               # what may fail, fails before anything is written
-    run.open(args)                                    # output folder, of this run alone; args.json
-    ...                                               # train, or load what --eval names: score, state
-    if not dataset.test:                              # a folder of good images only
+    args = runtime.parse(Args, PRESETS, __doc__, method="omniad")  # common/options.py
+    run = runtime.start(args, "omniad")           # device, threads, torchrun; --out may be used
+    state = run.checkpoint_to_evaluate(args)      # --eval; None: a training
+    dataset, images = runtime.training_data(run, args)             # every file looked at
+    ...                                           # what may fail, fails before a file is written
+    run.open(args)                                # output folder, of this run alone; args.json
+    ...                                           # train, or load the checkpoint: score, state
+    if not dataset.test:                          # a folder of good images only
         return runtime.set_threshold(run, args, dataset, score, state)
 
 and in its training loop
@@ -23,12 +23,11 @@ and in its training loop
         job.record(loss, parts)
     return job.finish()
 
-`runtime.launch(main)` ends the program: a user's mistake is one line on stderr and exit status 2; what
-comes after `run.open` also says what is kept.
+`runtime.launch(main)` ends the program: a user's mistake is one line on stderr and exit status 2;
+after `run.open` it also says what is kept.
 """
 
 import contextlib
-import csv
 import dataclasses
 import errno
 import functools
@@ -76,7 +75,7 @@ class Run:
     world: int = 1
     amp: str = "off"
     depths: dict = field(default_factory=dict)  # grey values of each class, see `data.depths`
-    held_out: list = field(default_factory=list)  # good images for `set_threshold`, not trained on
+    held_out: list = field(default_factory=list)  # good images for common/thresholds.py, not trained on
     compile: bool = False
     speed: dict = field(default_factory=dict)  # see `Training.speed`, by part
     writing: threading.Thread | None = None  # the last checkpoint's `Writer`
@@ -95,7 +94,7 @@ class Run:
                 options.to_nowhere(sys.stdout)
 
     def progress(self, iterable, desc, total=None, initial=0):
-        """A tqdm bar on stderr, silent when stderr is no terminal, and on all ranks but the first."""
+        """A tqdm bar on stderr; none where that is no terminal, and on all ranks but the first."""
         return tqdm(
             iterable,
             desc=desc,
@@ -211,8 +210,8 @@ class Run:
         if not args.eval:
             return None
         state = load_checkpoint(args.eval, self.method)
-        if args.predict and "normal_score" not in state:
-            state["normal_score"]  # raises, and says why
+        if args.predict and "model" not in state["finished"]:
+            raise UsageError(state.unfinished("threshold to compare with"))
         self.depths = state.get("depths", {})
         return state
 
@@ -257,7 +256,7 @@ class Run:
         return [item for part in parts for item in part]
 
     def mean(self, values):
-        """{name: scalar tensor} -> {name: float}, averaged over the ranks (a sync: do it rarely)."""
+        """{name: scalar tensor} -> {name: float}, mean over the ranks (a sync: do it rarely)."""
         stacked = torch.stack([value.detach().float() for value in values.values()])  # (values,)
         if self.world > 1:
             dist.all_reduce(stacked)
@@ -334,8 +333,8 @@ class Loader(torch.utils.data.DataLoader):
             batches = super().__iter__()
         except OSError as error:  # their semaphores lie in /dev/shm, too
             raise UsageError(
-                f"--workers {self.num_workers}: its processes cannot be started ({error.strerror}; is "
-                f"/dev/shm full?); {advice}"
+                f"--workers {self.num_workers}: its processes cannot be started "
+                f"({error.strerror}; is /dev/shm full?); {advice}"
             ) from None
         try:
             yield from batches
@@ -347,13 +346,19 @@ class Loader(torch.utils.data.DataLoader):
 
 
 def _in_worker(_):
-    """Prepare a process of a `Loader`: Ctrl-C is the main process's business."""
+    """Prepare a process of a `Loader`: Ctrl-C is the main process's business, as are all errors, which
+    it gets sent. (What is left are connections that break when it ends early.)"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _in_silence
     ForkingPickler.register(torch.Tensor, _reduced)
 
 
+def _in_silence(*_):
+    pass
+
+
 def _collate(samples):
-    """As torch's `default_collate`, which stacks a process's tensors in shared memory, but with care."""
+    """As torch's `default_collate`, which stacks in shared memory, but only where it is enough."""
     return collate(samples, collate_fn_map={**default_collate_fn_map, torch.Tensor: _stack})
 
 
@@ -386,8 +391,8 @@ def _step_of(line):
 def start(args, method):
     """Device, threads, process group and output folder of a run.
 
-    `args.threads` becomes the number that was chosen. Raises `UsageError` if the device is not there or
-    the folder cannot be had (see `folder.refuse`).
+    `args.threads` becomes the number that was chosen. Raises `UsageError` if the device is not
+    there or the folder cannot be had (see `folder.refuse`).
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = _device(args)
@@ -423,9 +428,9 @@ def _set_threads(threads, device):
 def _measured_threads(limit):
     """How many threads to use now: all of `limit`, unless that is clearly slower than fewer.
 
-    Where other programs are running, threads wait for one another all the time, and two can take ten
-    times as long as one. Measured with a convolution, a tenth of a second for each number, twice. Says
-    so on stderr if it is fewer.
+    Where other programs are running, threads wait for one another all the time, and two can take
+    ten times as long as one. Measured with a convolution, a tenth of a second for each number,
+    twice. Says so on stderr if it is fewer.
     """
     numbers = [limit]
     while numbers[-1] > 1:
@@ -441,8 +446,8 @@ def _measured_threads(limit):
     if number < limit:
         ratio = seconds[limit] / seconds[number]
         options.tell(
-            f"{number} of {limit} threads: with all of them a step takes {ratio:.1f} times as long, as "
-            "on a machine that is busy; --threads N decides otherwise"
+            f"{number} of {limit} threads: with all of them a step takes {ratio:.1f} times as "
+            "long, as on a machine that is busy; --threads N decides otherwise"
         )
     return number
 
@@ -497,11 +502,11 @@ def _has_bf16(device):
 def training_data(run, args):
     """--data as (dataset, pixels of its training images); (None, None) for --predict.
 
-    Every file is looked at, and what is odd about the data is said on stderr. Where there are no test
-    images, `dataset.test` is empty and a share of the training images goes to `run.held_out`.
+    Every file is looked at, and what is odd about the data is said on stderr. Where there are no
+    test images, `dataset.test` is empty and a share of the training images goes to `run.held_out`.
 
     Raises:
-        UsageError: as `data.load` and `data.check`; options that need test images where there are none.
+        UsageError: as `data.load` and `data.check`; options that need test images without these.
     """
     if args.predict:
         return None, None
@@ -542,7 +547,7 @@ def _checked_data(run, args):
 
 
 def hold_out(samples, share, seed):
-    """Part the training images in two: (to train on, to set the threshold with), each in their order.
+    """Part the training images in two: (to train on, to set the threshold with), in their order.
 
     share: of every class is held out, one image at least if it has two; 0: none.
     """
@@ -556,80 +561,6 @@ def hold_out(samples, share, seed):
         chosen.update(rng.permutation(own)[:count].tolist())
     kept = [sample for i, sample in enumerate(samples) if i not in chosen]
     return kept, [samples[i] for i in sorted(chosen)]
-
-
-def set_threshold(run, args, dataset, score, state):
-    """The end of a training without test images: the thresholds of --predict, from good images that
-    were not trained on (`run.held_out`), scored as --predict does it.
-
-    Written are threshold.json, scores.csv (their scores) and, into checkpoint.pt, "normal_score", the
-    99 % quantile of the image scores, and "pixel_threshold", that of the maps' largest values.
-
-    Args:
-        score: (images (B, 3, S, S) uint8 on the run's device, their B samples) -> (maps (B, S, S),
-            scores (B,)).
-        state: the finished checkpoint.
-    """
-    if run.held_out and run.is_rank0:  # one process does it all, as in --predict
-        scores, peaks = _scores_of(run, args, score, run.held_out)
-        state["normal_score"] = float(np.quantile(scores, 0.99))
-        state["pixel_threshold"] = float(np.quantile(peaks, 0.99))
-        _write_scores(run.out / "scores.csv", run.held_out, scores)
-    run.save(dict(state))
-    if not run.is_rank0:
-        return
-    found = {
-        "method": run.method,
-        "data": args.data,
-        "problems": dataset.problems,
-        "threshold": state["normal_score"],
-        "pixel threshold": state.get("pixel_threshold"),
-        "quantile": 0.99,
-        "held out": len(run.held_out),
-        "seconds": {"train": round(state["seconds"], 1)},
-        "versions": environment(),
-        "seed": args.seed,
-        "commit": commit(),
-    }
-    write_atomic(run.out / "threshold.json", (json.dumps(found, indent=1) + "\n").encode())
-    checkpoint = run.out / "checkpoint.pt"
-    run.say(f"no test images, so no metrics; threshold {found['threshold']:.4g}: {_origin(run, args)}")
-    run.say(f"{run.out}: checkpoint.pt, threshold.json")
-    run.say(f"next: python {Path(sys.argv[0]).name} --eval {checkpoint} --predict PICTURES")
-
-
-def _origin(run, args):
-    """Where the threshold comes from."""
-    if not run.held_out:
-        return "the 99 % quantile of the scores of training images (none was held out)"
-    return (
-        "the 99 % quantile of the scores of good images that were not trained on "
-        f"({len(run.held_out)}, --holdout {args.holdout:g})"
-    )
-
-
-def _scores_of(run, args, score, samples):
-    """Image scores, and the maps' largest values, of samples whose class is not told: two (N,)."""
-    images = data.Images(samples, args.image_size, depths=run.depths)
-    scores, peaks = [], []
-    for first in run.progress(range(0, len(samples), args.batch_size), "threshold"):
-        part = samples[first : first + args.batch_size]
-        batch = torch.stack([images[first + i] for i in range(len(part))])  # (B, 3, S, S)
-        unknown = [data.Sample(sample.image, None, 0, "", "", "") for sample in part]
-        maps, values = score(run.to_device(batch), unknown)
-        scores += values.float().tolist()
-        peaks += maps.float().amax((1, 2)).tolist()
-    return scores, peaks
-
-
-def _write_scores(path, samples, scores):
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("path", "class", "label", "score"))
-    for sample, value in zip(samples, scores):
-        writer.writerow((sample.image, sample.cls, sample.label, value))
-    # Bytes that are no UTF-8 in a file name are written as they are.
-    write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 # ---------------------------------------------------------------------------------- training loops
@@ -708,7 +639,7 @@ class Training:
     def batches(self, dataset, steps, batch_size=None, title="training"):
         """Yield (step, batch) for all steps that are left, with a progress bar.
 
-        dataset: a `Stream`. steps: of the whole job. batch_size: of this rank, default that of args.
+        dataset: a `Stream`. steps: of the whole job. batch_size: of this rank, default args' own.
         """
         batch_size = batch_size or self.args.batch_size
         self.steps, self.images_per_step = steps, batch_size * self.run.world
@@ -1053,9 +984,13 @@ class Checkpoint(dict):
         self.path = path
 
     def __missing__(self, name):
-        raise UsageError(
+        raise UsageError(self.unfinished(name))
+
+    def unfinished(self, lacking):
+        """Why it has not what is wanted, and what to do."""
+        return (
             f"{self.path}: its training is not finished (step {self.get('step', 0)}), so it has no "
-            f"{name}; --resume --out {Path(self.path).parent} finishes it"
+            f"{lacking}; --resume --out {Path(self.path).parent} finishes it"
         )
 
 

@@ -126,7 +126,7 @@ def works(operation, device, dtype):
     return _works(operation, device, dtype)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _works(operation, device, dtype):
     """True if the operation's kernels pass their trial; if not, one line on stderr, the first
     time."""
@@ -170,7 +170,7 @@ def lost(row, device):
     return row in _lost(device)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _lost(device):
     """The rows, "operation shape dtype", for which `kernels.check` on such a card saw PyTorch
     win."""
@@ -188,7 +188,7 @@ def results_file(card):
     return RESULTS / f"{card.replace(' ', '-').replace('/', '-')}.json"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def cores(device):
     """Streaming multiprocessors of the device; those of an A100 where there is none."""
     if device.type != "cuda":

@@ -309,9 +309,9 @@ def _kept(n, first_m, M, bh, seed, dropout_p, BLOCK_M: tl.constexpr):
 
     Philox turns (seed, position) into random bits without any state, so that the backward kernels,
     which visit the weights in another order, find the same ones dropped. It gives four words at a
-    time, for four keys that follow each other; first_m is a multiple of four. Interleaving lays them
-    out side by side: a c a c ... and b d b d ... become a b c d a b c d ... Where the compiler cannot
-    do that, every weight draws all four words and keeps its own.
+    time, for four keys that follow each other; first_m is a multiple of four. Interleaving lays
+    them out side by side: a c a c ... and b d b d ... become a b c d a b c d ... Where the
+    compiler cannot do that, every weight draws all four words and keeps its own.
     """
     if INTERLEAVE:
         four = first_m // 4 + tl.arange(0, BLOCK_M // 4)
@@ -500,12 +500,16 @@ def _delta_kernel(
 
 @triton.jit
 def _softmax_rows(tops, totals, delta, bh, n, N):
-    """Of queries n: largest score, 1 / sum (0 for a query without keys), and delta."""
+    """Of queries n: largest score, 1 / sum, and delta.
+
+    A query without keys has the largest score -inf and the sum 0. With a large negative number
+    instead, its weights become 2^-inf = 0. All other sums are at least 1: the largest score adds
+    2^0.
+    """
     row = bh.to(tl.int64) * N + n
-    top = tl.load(tops + row, mask=n < N, other=0.0)
-    top = tl.where(top == -float("inf"), 0.0, top)  # a query without keys: its p is 2^-inf = 0
-    total = tl.load(totals + row, mask=n < N, other=1.0)
-    return top, 1 / tl.where(total == 0, 1.0, total), tl.load(delta + row, mask=n < N, other=0.0)
+    top = tl.maximum(tl.load(tops + row, mask=n < N, other=0.0), -1e30)
+    total = tl.maximum(tl.load(totals + row, mask=n < N, other=0.0), 1.0)
+    return top, 1 / total, tl.load(delta + row, mask=n < N, other=0.0)
 
 
 @triton.jit(do_not_specialize=["seed"])  # one compilation for all seeds
@@ -638,7 +642,7 @@ def _sum_parts_kernel(
     bits."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(0, P):
+    for _part in range(0, P):
         total += tl.load(parts + i, mask=i < L, other=0.0)
         parts += L
     tl.store(out + i, total.to(out.dtype.element_ty), mask=i < L)
@@ -786,6 +790,8 @@ def attention_grad_triton(do, q, k, v, o, rows, seed, scale, window, dropout_p):
     block_n, block_m, tile = _tiles(q, k, v, do)
     _, width, radius = window or (0, 1, 0)
     flags = dict(**tile, BLOCK_N=block_n, BLOCK_M=block_m, **_flags(q, window, dropout_p))
+    if window and dropout_p > 0:
+        flags["num_warps"] = 8  # both at once take registers: spread them over more threads
     numbers = (scale, scale * LOG2E, width, radius, int(seed), dropout_p)
     query_blocks, key_blocks = triton.cdiv(N, block_n), triton.cdiv(M, block_m)
     delta = torch.empty(B, H, N, dtype=torch.float32, device=device)

@@ -3,11 +3,12 @@
     python -m tests.bench_omniad                            ResNet-34's widths, blocks 1,1,1,1, 128 to 512 px
     python -m tests.bench_omniad --depths 3,9,9,7           the paper's depth
 
-Both kinds are stepped in turn in one process, on random teacher maps (the frozen teacher is the same for both, and left
-out): forward, loss, backward. Learned tokens should cost in proportion to the pixels: 4 times for twice the side. Self-
-attention (--learnable none) compares all positions with one another: 16 times at the finest map. Seconds are the best of
---repeat, on a CPU those of the processor. Memory is the peak of one step beyond its start: of resident memory on a CPU
-(Linux only), of CUDA's allocator on a GPU.
+Both kinds are stepped in turn in one process, on random teacher maps (the frozen teacher is the
+same for both, and left out): forward, loss, backward. Learned tokens should cost in proportion to
+the pixels: 4 times for twice the side. Self-attention (--learnable none) compares all positions
+with one another: 16 times at the finest map. Seconds are the best of --repeat, on a CPU those of
+the processor. Memory is the peak of one step beyond its start: of resident memory on a CPU (Linux
+only), of CUDA's allocator on a GPU.
 """
 
 import argparse
@@ -48,8 +49,10 @@ def cost(model, maps, args, device, repeat):
         return min(seconds[1:]), (torch.cuda.max_memory_allocated() - before) / 2**20
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
-        library.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: tensors above 64 KiB go back to the system when they are freed,
-        library.malloc_trim(0)        # and what was freed before does so now; or they would be reused unseen
+        # M_MMAP_THRESHOLD: tensors above 64 KiB go back to the system when they are freed, and what
+        # was freed before does so now; or they would be reused unseen.
+        library.mallopt(-3, 1 << 16)
+        library.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = resident("VmRSS")
         step(model, maps, args)
@@ -72,7 +75,8 @@ def main():
     print("".join(f"{title:>12}" for title in ("px", "tokens s", "self s", "ratio", "tokens MiB", "self MiB", "ratio")))
     found = {}
     for size in map(int, args.sizes.split(",")):
-        maps = [torch.rand(args.batch_size, c, size // s, size // s, device=device) for c, s in zip(CHANNELS, (4, 8, 16))]
+        maps = [torch.rand(args.batch_size, channels, size // stride, size // stride, device=device)
+                for channels, stride in zip(CHANNELS, (4, 8, 16))]
         for kind in ("q+kv", "none"):
             torch.manual_seed(0)
             options = omniad.Args(learnable=kind, depths=args.depths)

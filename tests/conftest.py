@@ -1,16 +1,27 @@
-"""Shared by all tests: the scripts' folder on the path, the `gpu` marker, tiny data, and running a script in-process."""
+"""Shared by all tests: the scripts' folder on the path, a cache folder of their own, the `gpu`
+marker, tiny data, and running a script in-process."""
 
 import json
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run side by side (pytest -n), and are small
+# Before torch: tests run side by side (pytest -n), and are small.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What the tests remember of their files stays out of the user's cache, and goes with the session.
+# Downloaded weights are still found there: torch reads the first variable before the second.
+os.environ.setdefault(
+    "TORCH_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "torch"))
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tests-cache-")
 
 import pytest
 import torch
 
+CACHE = os.environ["XDG_CACHE_HOME"]
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 pytest.register_assert_rewrite("contract")  # its assertions show their values too
@@ -18,6 +29,10 @@ pytest.register_assert_rewrite("contract")  # its assertions show their values t
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device (skipped by name without one)")
+
+
+def pytest_unconfigure():
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

@@ -41,8 +41,9 @@ def check_files(finished, method):
     """
     out, done = finished
     result = json.loads((out / "metrics.json").read_text())
-    assert set(result) - {"shift", "compare", "problems"} == {"method", "data", "setting", "classes", "mean", "mixed", "paper",
-                                                  "images", "seconds", "speed", "versions", "seed", "commit"}
+    assert set(result) - {"shift", "compare", "problems"} == {
+        "method", "data", "setting", "classes", "mean", "mixed", "paper", "images", "seconds", "speed", "versions", "seed",
+        "commit"}
     for speed in result["speed"].values():
         assert speed["images_per_s"] > 0 and 0 <= speed["data_wait"] <= 1
     assert result["method"] == method and result["images"] == 8 * 7 and result["paper"] is None
@@ -128,6 +129,8 @@ def check_good_images_only(script, words, tiny_data, folder, command):
     assert done.status == 0, done.err
     first = next(csv.DictReader(open(folder / "p" / "predictions.csv")))
     assert first["path"] == rows[0]["path"] and float(first["score"]) == pytest.approx(found["threshold"], rel=1e-4)
+    if found["threshold"] > 0:  # else no ratio would tell anything
+        assert float(first["ratio"]) == pytest.approx(1, rel=1e-4), "to the threshold of the held-out images"
     refused = command(script.__name__, *words, "--data", home, "--out", folder / "run")
     assert refused.status == 2 and "a finished run" in refused.err
     refused = command(script.__name__, *words, "--data", home, "--out", folder / "q", "--shift", "all")

@@ -198,9 +198,12 @@ def test_uniad_loss_and_map():
     assert model.loss([f], [r], 0, args).item() == pytest.approx(np.mean((f - r).numpy() ** 2), rel=1e-5)
     got, error = model.anomaly_map([f], [r], 64).numpy(), np.mean((f - r).numpy() ** 2, axis=1)
     assert got.shape == (2, 64, 64)
-    at = lambda p: min(max((p + 0.5) / 16 - 0.5, 0), 3)  # pixel -> cell
+
+    def cell_of(pixel):
+        return min(max((pixel + 0.5) / 16 - 0.5, 0), 3)
+
     for y, x in [(0, 0), (7, 8), (31, 32), (40, 3), (63, 50)]:
-        (i, v), (j, u) = ((int(a), a - int(a)) for a in (at(y), at(x)))
+        (i, v), (j, u) = ((int(a), a - int(a)) for a in (cell_of(y), cell_of(x)))
         k, m = min(i + 1, 3), min(j + 1, 3)
         expected = ((1 - v) * ((1 - u) * error[:, i, j] + u * error[:, i, m])
                     + v * ((1 - u) * error[:, k, j] + u * error[:, k, m]))
@@ -223,10 +226,16 @@ def test_calibration_loss(alpha, statistic):
     rng = np.random.default_rng(0)
     out, target = rng.normal(size=(6, 2)), rng.normal(size=(6, 2))
     predicted = np.stack([out[:, 0], out[:, 0] + 3 * out[:, 1]], 1) if statistic == "std" else out
-    smooth = lambda errors: [e * e / (2 * alpha) if e < alpha else e - alpha / 2 for e in errors]
-    head = lambda phi: torch.tensor(out)
+
+    def head(phi):
+        return torch.tensor(out)
+
+    def smooth(errors):
+        return [e * e / (2 * alpha) if e < alpha else e - alpha / 2 for e in errors]
+
     got, _ = cada.calibration_losses(head, None, torch.tensor(target), None, args)
-    assert got.item() == pytest.approx(sum(np.mean(smooth(errors)) for errors in abs(predicted - target).T))
+    expected = sum(np.mean(smooth(errors)) for errors in abs(predicted - target).T)
+    assert got.item() == pytest.approx(expected)
 
 
 # ----------------------------------------------------------------------------------------------- what learns
@@ -271,10 +280,15 @@ def test_recontrast_crosses_the_pairs():
         maps = features.split(features(images))
         own = model.encoder(data.normalize(images))
         targets, rebuilt, phi = model(maps, images)
-        alone = lambda feats, heads: [head(d) for head, d in zip(heads, model.decoder(model.neck(*feats)))]
+
+        def rebuilt_alone(feats, heads):
+            decoded = model.decoder(model.neck(*feats))
+            return [head(d) for head, d in zip(heads, decoded)]
+
         for got, expected in zip(targets, [*maps, *own], strict=True):
             torch.testing.assert_close(got, expected)
-        for got, expected in zip(rebuilt, alone(own, model.heads[0]) + alone(maps, model.heads[1]), strict=True):
+        alone = rebuilt_alone(own, model.heads[0]) + rebuilt_alone(maps, model.heads[1])
+        for got, expected in zip(rebuilt, alone, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(phi, model.neck(*maps), rtol=1e-4, atol=1e-4)
 
@@ -303,11 +317,15 @@ def test_overfits_a_few_images(base):
 def test_head_structures(regressor, dropouts, convolutions, linears):
     """Table 3: the convolutions keep the channels, dropout stands before each linear layer, 256 inside, two outputs."""
     head = cada.Head(8, 2, cada.Args(regressor=regressor, head_kernel=3, dropout=0.5))
-    kinds = lambda kind: [m for m in head.modules() if isinstance(m, kind)]
-    assert [c.weight.shape for c in kinds(torch.nn.Conv2d)] == [(8, 8, 3, 3)] * convolutions
+
+    def modules_of(kind):
+        return [m for m in head.modules() if isinstance(m, kind)]
+
+    assert [c.weight.shape for c in modules_of(torch.nn.Conv2d)] == [(8, 8, 3, 3)] * convolutions
     widths = [8] + [256] * (linears - 1) + [2]
-    assert [m.weight.shape for m in kinds(torch.nn.Linear)] == [(b, a) for a, b in zip(widths, widths[1:])]
-    assert [m.p for m in kinds(torch.nn.Dropout)] == [0.5] * dropouts
+    shapes = [(b, a) for a, b in zip(widths, widths[1:])]
+    assert [m.weight.shape for m in modules_of(torch.nn.Linear)] == shapes
+    assert [m.p for m in modules_of(torch.nn.Dropout)] == [0.5] * dropouts
     assert not isinstance(head.layers[-1], torch.nn.ReLU) and head(torch.randn(4, 8, 3, 3)).shape == (4, 2)
     assert head.eval()(torch.randn(4, 8, 1, 1)).shape == (4, 2), "pooled features of another script's run"
 
@@ -479,7 +497,11 @@ def test_remembered_maps_change_nothing(tmp_path):
     """Two passes over the test images ask the base once; numbers are the same bits, whatever the batches."""
     calibration, _, args, run = calibrated(tmp_path, calibration_steps=5)
     base, asked, test = Drawn(), [], drawn_samples(2, 0, 50)
-    counting = lambda images, samples: asked.append(len(samples)) or base(images, samples)
+
+    def counting(images, samples):
+        asked.append(len(samples))
+        return base(images, samples)
+
     fresh, keeping = (cada.Scorer(args, run, counting, calibration, remember) for remember in ((), test))
     expected = fresh(None, test)
     asked.clear()
@@ -542,16 +564,22 @@ def test_best_threshold():
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.2, 0.5])
-def test_alarm_threshold(rate):
+def test_alarm_threshold(rate, monkeypatch):
     """No more than the stated share of good images above it, and no lower threshold of which that is true."""
     rows = drawn_rows()
-    got = cada.alarm_threshold(rows, rate)
+    monkeypatch.setattr(cada, "FALSE_ALARMS", rate)
+    got = cada.alarm_threshold(rows)
     good = np.array([row[3] for row in rows if not row[2]])
     assert got["false_alarms"] == np.mean(good > got["threshold"]) <= rate
     lower = good[good < got["threshold"]].max()
     assert np.mean(good > lower) > rate
     defective = np.array([row[3] for row in rows if row[2]])
     assert got["missed"] == np.mean(defective <= got["threshold"])
+    held_out = np.linspace(0, 1, 41)  # 5 % of 41: two may be above it
+    monkeypatch.setattr(cada, "FALSE_ALARMS", 0.05)
+    fixed = cada.alarm_threshold(rows, held_out)
+    assert fixed["threshold"] == pytest.approx(0.95) and (held_out > fixed["threshold"]).sum() == 2
+    assert fixed["missed"] == np.mean(defective <= fixed["threshold"])
     assert cada.alarm_threshold([row for row in rows if row[2]]) is None
     assert cada.threshold_table("5 %", {"none": None}) == ""
 
@@ -572,8 +600,11 @@ def test_contamination_moves_the_right_images():
     labels = {s.image: s.label for s in test}
     assert all(labels[s.image] == 1 and s.label == 0 and s.mask is None for s in moved)
     assert {s.image for s in moved} | {s.image for s in dataset.test} == set(labels)
-    names = lambda seed: [s.image for s in fresh(seed)[2].train]
-    assert names(0) == names(0) != names(1)
+
+    def train_names(seed):
+        return [s.image for s in fresh(seed)[2].train]
+
+    assert train_names(0) == train_names(0) != train_names(1)
     assert fresh(0, 0.0)[2].train == train
 
 
@@ -593,7 +624,10 @@ def test_paper_numbers():
     recipe = {base: cada.Args(**cada.RECIPES[base]["paper"]) for base in BASES}
     assert [(a.lr, a.weight_decay, a.steps, a.batch_size, a.alpha, a.calibration_steps) for a in recipe.values()] == [
         (2e-3, 1e-5, 5000, 16, 0.1, 5000), (2e-3, 1e-5, 5000, 16, 0.1, 5000), (3e-4, 1e-4, 50_000, 64, 10, 20_000)]
-    factor = lambda step, a: runtime.lr_factor(step, a.steps, a.schedule, a.lr_drop)
+
+    def factor(step, args):
+        return runtime.lr_factor(step, args.steps, args.schedule, args.lr_drop)
+
     for step, expected in ((0, 1), (3999, 1), (4000, 0.2), (4999, 0.2)):
         assert factor(step, recipe["revdist"]) == expected
     assert factor(40_000, recipe["uniad"]) == 0.1
@@ -685,8 +719,26 @@ def test_contaminated_training_images_stay_out_of_the_test_set(tiny_data, tmp_pa
         done = command("cada", "--eval", checkpoint, *change, "--out", tmp_path / "no")
         assert done.status == 2 and "--contaminate 0.5" in done.err and done.err.count("\n") == 1
     other = shutil.copytree(tiny_data / "hex_nut", tmp_path / "other" / "thing").parent
-    assert command("cada", "--eval", checkpoint, "--data", other, "--classes", "thing", "--out", tmp_path / "o").status == 0
+    words = ("--data", other, "--classes", "thing", "--out", tmp_path / "o")
+    assert command("cada", "--eval", checkpoint, *words).status == 0
     assert metrics_of(tmp_path / "o")["images"] == 7
+
+
+def test_a_threshold_fixed_on_images_that_neither_stage_has_seen(tiny_data, tmp_path, command, metrics_of):
+    """A share of every class's training images is trained on by nobody, in the evaluation neither; what the threshold
+    does that is fixed on them stands beside the oracle's."""
+    words = ("--data", tiny_data, "--classes", "screw,capsule", *SMALL, "--fix-threshold", 0.34, "--save-maps")
+    assert command("cada", *words, "--out", tmp_path / "run").status == 0
+    assert len(np.load(tmp_path / "run" / "maps" / "train" / "screw.npz")["paths"]) == 4  # of 6
+    found = json.loads((tmp_path / "run" / "calibration.json").read_text())["threshold fixed on training images"]
+    assert set(found) == {"without calibration", "calibration: cada"}
+    assert all(set(part["classes"]) == {"screw", "capsule"} for part in found.values())
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    assert command("cada", "--eval", checkpoint, "--out", tmp_path / "again").status == 0
+    again = json.loads((tmp_path / "again" / "calibration.json").read_text())["threshold fixed on training images"]
+    assert again == found
+    done = command("cada", "--eval", checkpoint, "--fix-threshold", 0.5, "--out", tmp_path / "no")
+    assert done.status == 2 and "--fix-threshold" in done.err and done.err.count("\n") == 1
 
 
 def test_statistic_score_follows_the_scoring_options(finished, tmp_path, command):
@@ -702,10 +754,13 @@ def test_statistic_score_follows_the_scoring_options(finished, tmp_path, command
 def test_scoring_options_and_shifts_at_evaluation(finished, tmp_path, command, metrics_of):
     """They act on the finished calibration; a shifted pass sees shifted images, never maps kept of the clean ones."""
     checkpoint = finished[0] / "checkpoint.pt"
-    trace = lambda folder: (metrics_of(folder)["mean"], (folder / "scores.csv").read_text())
+
+    def numbers_and_scores(folder):
+        return metrics_of(folder)["mean"], (folder / "scores.csv").read_text()
+
     for i, words in enumerate((("--corrupt", "gaussian_noise:5"), ("--smoothing", 0), ("--score", "max"))):
         assert command("cada", "--eval", checkpoint, "--out", tmp_path / str(i), *words).status == 0, words
-        assert trace(tmp_path / str(i)) != trace(finished[0]), words
+        assert numbers_and_scores(tmp_path / str(i)) != numbers_and_scores(finished[0]), words
         assert not (tmp_path / str(i) / "checkpoint.pt").exists()
     words = ("--classes", "screw,capsule", "--shift", "all", "--out", tmp_path / "shift")
     done = command("cada", "--eval", checkpoint, *words)
@@ -865,7 +920,10 @@ def test_two_processes_follow_one_with_the_doubled_batch(tiny_data, tmp_path, co
     words = [cada.__file__, "--data", tmp_path / "two", *SMALL, "--base", "recontrast", "--steps", 2, "--log-every", 1,
              "--amp", "off", "--calibration-steps", 2, "--dropout", 0, "--lr", 1e-4, "--calibration-lr", 1e-3]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = lambda *w: subprocess.run([str(x) for x in w], capture_output=True, text=True, env=env)
+
+    def run(*words):
+        return subprocess.run([str(w) for w in words], capture_output=True, text=True, env=env)
+
     one = command("cada", *words[1:], "--batch-size", 4, "--calibration-batch", 4, "--out", tmp_path / "a")
     two = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words,
               "--batch-size", 2, "--calibration-batch", 2, "--out", tmp_path / "b")

@@ -5,6 +5,7 @@ kept, and loses nothing."""
 import csv
 import dataclasses
 import errno
+import importlib
 import json
 import os
 import re
@@ -21,7 +22,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common import UsageError, data, folder, options, runtime
+import contract
+from common import UsageError, data, folder, options, runtime, thresholds
 from common.options import option
 from conftest import ROOT
 
@@ -281,7 +283,7 @@ def test_a_folder_of_good_images_is_trained_and_gets_its_threshold(tmp_path, cap
         maps = batch.float().mean(1)  # (B, S, S)
         return maps, maps.mean((1, 2))
 
-    assert runtime.set_threshold(run, args, dataset, score, state) is None
+    assert thresholds.without_test_images(run, args, dataset, score, state) is None
     pixels = torch.stack([torch.from_numpy(data.resize_image(data.read_image(sample.image), 16).copy())
                           for sample in run.held_out]).double().mean(3)  # (4, 16, 16)
     kept = runtime.load_checkpoint(tmp_path / "run" / "checkpoint.pt", "method")
@@ -410,7 +412,7 @@ def test_number_of_threads_is_measured_and_said(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("threads, environment, expected", [("3", "1", 3), ("auto", "2", None), ("auto", None, 5)])
-def test_threads_follow_the_option_then_the_environment_then_the_clock(threads, environment, expected, monkeypatch, tmp_path):
+def test_threads_follow_option_environment_and_clock(threads, environment, expected, monkeypatch, tmp_path):
     """The number is the run's: in args.json (a resumed run has the same) and in metrics.json."""
     before = torch.get_num_threads()
     monkeypatch.setattr(runtime, "_measured_threads", lambda limit: 5)
@@ -523,3 +525,17 @@ def test_ctrl_c_in_a_training_is_one_line_and_true(tiny_data, tmp_path):
     assert lines[0].startswith("omniad.py: interrupted; the training is kept in") and "--resume" in lines[0]
     state = runtime.load_checkpoint(tmp_path / "run" / "checkpoint.pt", "omniad")
     assert state["step"] >= 2 and state["finished"] == []
+
+
+SMALL = {
+    "onenip": ("--steps", 2, "--image-size", 64, "--bank", 1),
+    "omniad": ("--steps", 2, "--image-size", 64, "--depths", "1,1,1,1"),
+    "roads": ("--steps", 2, "--image-size", 64),
+    "cada": ("--steps", 2, "--image-size", 64, "--calibration-steps", 2),
+}
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_good_images_only(script, tiny_data, tmp_path, command):
+    """A folder of nothing but good pictures -> trained -> predicted, with each script."""
+    contract.check_good_images_only(importlib.import_module(script), SMALL[script], tiny_data, tmp_path, command)

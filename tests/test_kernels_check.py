@@ -1,4 +1,5 @@
-"""What keeps the kernels from misleading: the guard of "auto", `python -m kernels.check`, and how long sides are split."""
+"""What keeps the kernels from misleading: the guard of "auto", `python -m kernels.check`, and how
+long sides are split."""
 
 import functools
 import json
@@ -119,8 +120,8 @@ def test_verdicts():
 
 
 def test_every_shape_compiles_afresh(monkeypatch):
-    """What is labelled torch.compile is compiled, for each of ten shapes (after eight, torch.compile would run eagerly),
-    and static: the compiler is reset in between."""
+    """What is labelled torch.compile is compiled, for each of ten shapes (after eight,
+    torch.compile would run eagerly), and static: the compiler is reset in between."""
     graphs = []
     monkeypatch.setattr(check, "compiled", functools.partial(
         torch.compile, dynamic=False, backend=lambda graph, inputs: graphs.append(graph) or graph.forward))

@@ -62,8 +62,8 @@ print(seen, "kernels")
 
 @pytest.mark.skipif(aot.unavailable() is not None, reason=f"nothing can be compiled here: {aot.unavailable()}")
 def test_compiled_kernels():
-    """At every shape the scripts use, the window with dropout and odd widths among them, for A100 (sm_80) and H100 (sm_90): no spilled register, shared memory within the
-    card's limit, 16-byte loads, and fp32 without TF32."""
+    """At every shape the scripts use, the window with dropout and odd widths among them, for A100 (sm_80) and H100
+    (sm_90): no spilled register, shared memory within the card's limit, 16-byte loads, and fp32 without TF32."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     running = [
         subprocess.Popen([sys.executable, "-c", CODE, str(arch)], cwd=ROOT, env=environment, text=True,

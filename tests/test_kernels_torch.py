@@ -189,7 +189,10 @@ def test_loss_gradients():
     """Gradients in the students agree with finite differences; teachers are constants."""
     teachers, students = features(2, [(3, 4, 3), (2, 1, 2)])
     for flat in (True, False):
-        assert torch.autograd.gradcheck(lambda *s: cosine_loss(teachers, s, flat), students)
+        def loss(*student_maps, flat=flat):
+            return cosine_loss(teachers, student_maps, flat)
+
+        assert torch.autograd.gradcheck(loss, students)
     as_teachers = [t.clone().requires_grad_() for t in teachers]
     cosine_loss(as_teachers, students).backward()
     assert all(t.grad is None for t in as_teachers)
@@ -361,8 +364,9 @@ print("equal")
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_compiles_in_one_graph(backend):
-    """torch.compile(fullgraph=True) traces every operation, forward and backward, to the same results: the PyTorch path,
-    and the kernels (in the interpreter, so the compiled graph really runs them)."""
+    """torch.compile(fullgraph=True) traces every operation, forward and backward, to the same
+    results: the PyTorch path, and the kernels (in the interpreter, so the compiled graph really
+    runs them)."""
     if backend == "triton" and not HAS_TRITON:
         pytest.skip("Triton is not installed")
     environment = os.environ | ({"TRITON_INTERPRET": "1"} if backend == "triton" else {})

@@ -332,7 +332,8 @@ def test_cosine(zones, shapes, size, reduce, dtype, layouts):
     dtype = getattr(torch, dtype)
     teachers = [layout_of(torch.randn(2, *shape).to(dtype), layouts[0]) for shape in shapes]
     students = [t + 0.7 * torch.randn(t.shape) for t in teachers]
-    students = [s.sign() * (s.abs() + 0.1) if s.shape[1] == 1 else s for s in students]  # a norm near 0 has no direction
+    # One channel: a norm near 0 has no direction.
+    students = [s.sign() * (s.abs() + 0.1) if s.shape[1] == 1 else s for s in students]
     students = [layout_of(s.to(dtype).contiguous(), layouts[1]) for s in students]
     exact = run_cosine(teachers, students, size, reduce, torch.float64, "torch")
     plain = run_cosine(teachers, students, size, reduce, dtype, "torch")

@@ -145,8 +145,11 @@ def literal_attention(layer, query, memory):
 def laid_out(rows, h, w):
     """(T, C) answers of a square grid of queries -> (h, w, C): each position takes the cell that it falls into."""
     side = math.isqrt(len(rows))
-    cell = lambda i, j: (i * side // h) * side + j * side // w
-    return torch.stack([torch.stack([rows[cell(i, j)] for j in range(w)]) for i in range(h)])
+
+    def cell_of(i, j):
+        return (i * side // h) * side + j * side // w
+
+    return torch.stack([torch.stack([rows[cell_of(i, j)] for j in range(w)]) for i in range(h)])
 
 
 @pytest.mark.parametrize("tokens", [4, 9, 36])
@@ -205,16 +208,21 @@ def test_local_branch_and_combination():
     """3x3 and 5x5 depth-wise separable convolutions of x side by side, 1x1 back; then both branches are mixed; + x."""
     block = omniad.OmniBlock(16, make()[1])
     x = torch.randn(2, 4, 4, 16)
-    act = lambda y: instance_norm(y) * torch.sigmoid(instance_norm(y))
+
+    def normed_silu(y):
+        return instance_norm(y) * torch.sigmoid(instance_norm(y))
+
     parts = []
     for conv, k in ((block.local3, 3), (block.local5, 5)):
         depthwise, point = conv[0], conv[3]
         assert depthwise.weight.shape == (16, 1, k, k) and point.weight.shape == (16, 16, 1, 1)
         y = F.conv2d(x.permute(0, 3, 1, 2), depthwise.weight, depthwise.bias, padding=k // 2, groups=16)
-        parts.append(act(F.conv2d(act(y), point.weight, point.bias)))
-    local = act(F.conv2d(torch.cat(parts, 1), block.merge[0].weight, block.merge[0].bias)).permute(0, 2, 3, 1)
+        parts.append(normed_silu(F.conv2d(normed_silu(y), point.weight, point.bias)))
+    merged = F.conv2d(torch.cat(parts, 1), block.merge[0].weight, block.merge[0].bias)
+    local = normed_silu(merged).permute(0, 2, 3, 1)
     torch.testing.assert_close(block.local_branch(x), local)
-    mixed = act(block.mix_in(block.global_branch(x) + local).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    mixed = block.mix_in(block.global_branch(x) + local).permute(0, 3, 1, 2)
+    mixed = normed_silu(mixed).permute(0, 2, 3, 1)
     torch.testing.assert_close(block(x), x + block.mix_out(mixed))
 
 
@@ -474,7 +482,8 @@ def test_two_evaluations_of_one_checkpoint_give_the_same_bits(finished, tmp_path
 def test_killed_and_resumed_is_uninterrupted(finished, tiny_data, tmp_path, command, metrics_of):
     """SIGKILL between two checkpoints, then --resume: the numbers, the log and the weights of the run that was never
     interrupted, jitter included."""
-    contract.check_killed_and_resumed(omniad, ("--data", tiny_data, *SMALL), finished, tmp_path / "run", command, metrics_of)
+    words = ("--data", tiny_data, *SMALL)
+    contract.check_killed_and_resumed(omniad, words, finished, tmp_path / "run", command, metrics_of)
 
 
 def test_predict(finished, tiny_data, tmp_path, command):
@@ -485,10 +494,13 @@ def test_predict(finished, tiny_data, tmp_path, command):
 def test_corruption_and_options_at_evaluation(finished, tmp_path, command, metrics_of):
     """--corrupt and the scoring options act on a finished checkpoint; each leaves its trace in the numbers."""
     checkpoint = finished[0] / "checkpoint.pt"
-    trace = lambda folder: (metrics_of(folder)["mean"], (folder / "scores.csv").read_text())
+
+    def numbers_and_scores(folder):
+        return metrics_of(folder)["mean"], (folder / "scores.csv").read_text()
+
     for i, words in enumerate((("--corrupt", "gaussian_noise:5"), ("--sigma", 0), ("--score", "top1"))):
         assert command("omniad", "--eval", checkpoint, "--out", tmp_path / str(i), *words).status == 0, words
-        assert trace(tmp_path / str(i)) != trace(finished[0]), words
+        assert numbers_and_scores(tmp_path / str(i)) != numbers_and_scores(finished[0]), words
     assert metrics_of(tmp_path / "0")["data"].endswith("gaussian_noise:5")
 
 
@@ -535,7 +547,10 @@ def test_two_processes_follow_one_with_the_doubled_batch(tiny_data, tmp_path, co
     words = [omniad.__file__, "--data", tmp_path / "two", *SMALL, "--steps", 2, "--jitter", 0, "--log-every", 1,
              "--clip", 1e9, "--amp", "off", "--lr", 1e-4]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = lambda *w: subprocess.run([str(x) for x in w], capture_output=True, text=True, env=env)
+
+    def run(*words):
+        return subprocess.run([str(w) for w in words], capture_output=True, text=True, env=env)
+
     one = command("omniad", *words[1:], "--batch-size", 4, "--out", tmp_path / "a")
     two = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words,
               "--batch-size", 2, "--out", tmp_path / "b")

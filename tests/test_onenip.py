@@ -685,7 +685,8 @@ def test_predict_compares_with_normal_images_scored_alike(finished, tmp_path, co
     state = torch.load(finished[0] / "checkpoint.pt", weights_only=True)
     args = onenip.Args(**{**state["args"], "alpha": 0.0, "pool": 64})
     means = F.interpolate(state["normal_errors"], (64, 64), mode="bilinear", align_corners=True).mean((1, 2, 3))
-    assert onenip.normal_score(args, state, 1.0) == pytest.approx(means.quantile(0.99).item(), rel=1e-5)
+    found = onenip.normal_thresholds(args, state, 1.0)
+    assert found["normal_score"] == pytest.approx(means.quantile(0.99).item(), rel=1e-5)
 
 
 def test_corruption_and_options_at_evaluation(finished, tmp_path, command, metrics_of):

@@ -85,9 +85,10 @@ def test_help_begins_with_what_it_is_and_imports_nothing_heavy(script):
 
 
 @pytest.mark.parametrize("words, named", [
-    ("--widht 3", "--widht"), ("--width 0", "--width 0"), ("--threads many", "--threads many"), ("--threads 0", "--threads"),
-    ("--predict x.png", "--eval"), ("--eval nowhere.pt", "nowhere.pt"), ("--resume --out nowhere", "nowhere"),
-    ("--holdout 1.5", "--holdout")])
+    ("--widht 3", "--widht"), ("--width 0", "--width 0"), ("--threads many", "--threads many"),
+    ("--threads 0", "--threads"), ("--predict x.png", "--eval"),
+    ("--eval nowhere.pt", "nowhere.pt"), ("--resume --out nowhere", "nowhere"),
+    ("--holdout 1.5", "--holdout"), ("--threshold 3", "--predict")])
 def test_wrong_options_are_answered_before_torch(words, named, small_script):
     status, out, err = answer([small_script, *words.split()], cwd=small_script.parent)
     assert (status, out, err.count(b"\n")) == (2, b"", 1)
@@ -140,7 +141,8 @@ def test_ctrl_c_stays_ignored_where_the_shell_ignores_it(small_script):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP is PyTorch's on Linux")
-@pytest.mark.parametrize("given, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)])
+@pytest.mark.parametrize("given, expected", [
+    ({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)])
 def test_threads_wait_briefly_unless_the_user_has_said_how(given, expected, monkeypatch):
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)

@@ -38,7 +38,8 @@ def test_evaluation_is_the_metrics_of_the_maps(run, tiny_data):
     """Table and files hold exactly what metrics.evaluate says of all maps at once; scores.csv is in the data's order;
     the paper's numbers and the method's extras get through."""
     dataset, args = data.load(str(tiny_data)), Args(save_maps=True)
-    paper = {"source": "x", "mean": {"i_auroc": 0.875}, "mixed": {"p_auroc": 0.625}, "classes": {"screw": {"p_ap": 0.125}}}
+    paper = {"source": "x", "mean": {"i_auroc": 0.875}, "mixed": {"p_auroc": 0.625},
+             "classes": {"screw": {"p_ap": 0.125}}}
     result = report.evaluate(run, args, dataset, darkness, setting=SETTING, seconds=1.5, paper=paper,
                              extra=lambda: {"accuracy": 0.5})
     images = data.Images(dataset.test, 64)
@@ -149,7 +150,10 @@ def test_shift_judges_every_corruption_on_its_own(run, tiny_data, shift):
     plain = report.evaluate(run, Args(), dataset, darkness, setting=SETTING, seconds=0)
     assert plain["mean"] == result["mean"] and "shift" not in plain and report.shift_table(plain) == ""
     lines = {line.split("  ")[0]: line.split() for line in report.shift_table(result).splitlines()}
-    percent = lambda values, *keys: "/".join(f"{100 * values[key]:.1f}" for key in keys)
+
+    def percent(values, *keys):
+        return "/".join(f"{100 * values[key]:.1f}" for key in keys)
+
     for name, part in (("screw", lambda r: r["classes"]["screw"]), ("mean", lambda r: r["mean"])):
         shifted = [result["shift"][f"{c}:3"] for c in corruptions.NAMES]
         assert lines[name][1:] == [percent(part(result), "i_auroc", "p_auroc"),
@@ -160,12 +164,17 @@ def test_shift_judges_every_corruption_on_its_own(run, tiny_data, shift):
 
 
 def test_compared_results_stand_beside_the_main_one(run, tiny_data):
-    """Reports that `measure` gave come into metrics.json and into a table with means and pool; measuring writes nothing."""
+    """Reports that `measure` gave come into metrics.json and into a table with means and pool;
+    measuring writes nothing."""
     dataset = data.load(str(tiny_data), classes=["screw", "capsule"])
-    inverted = lambda images, samples: tuple(-x for x in darkness(images, samples))
-    other = report.measure(run, Args(), dataset, inverted)
+
+    def brightness(images, samples):
+        return tuple(-x for x in darkness(images, samples))
+
+    other = report.measure(run, Args(), dataset, brightness)
     assert list(run.out.iterdir()) == []
-    result = report.evaluate(run, Args(), dataset, darkness, setting=SETTING, seconds=0, compare={"inverted": other.rep})
+    result = report.evaluate(run, Args(), dataset, darkness, setting=SETTING, seconds=0,
+                             compare={"inverted": other.rep})
     assert result["compare"]["inverted"]["mean"]["i_auroc"] == pytest.approx(1 - result["mean"]["i_auroc"])
     rows = [line.split() for line in report.compare_table(result).splitlines()]
     keys = ("i_auroc", "i_ap", "p_auroc", "p_ap")
@@ -219,14 +228,22 @@ def test_kept_maps_of_test_and_training_images(run, tiny_data):
 
 def test_distributions_show_every_class_on_one_axis(run):
     """The same scores in two units look the same; a shifted class does not."""
-    rows = lambda scale: [("", cls, label, scale * (3 * label + i + 10 * (cls == "b")))
-                          for cls in "ab" for label in (0, 1) for i in range(20)]
+
+    def rows(scale):
+        return [("", cls, label, scale * (3 * label + i + 10 * (cls == "b")))
+                for cls in "ab" for label in (0, 1) for i in range(20)]
+
     path = run.out / "pictures" / "distributions.png"
     report.distributions(path, {"x": rows(1.0), "y": rows(8.0)})
     panel = np.asarray(Image.open(path)).astype(int)
     left, right = panel[18:, :420], panel[18:, -420:]
-    bars = lambda p, cls: (p[18 + cls * 78:58 + cls * 78] != 255).any(2)  # below the class's name, above the axis
-    assert np.array_equal(bars(left, 0), bars(right, 0)) and not np.array_equal(bars(left, 0), bars(left, 1))
+
+    def bars(half, cls):
+        """Where something is drawn below the class's name and above the axis."""
+        return (half[18 + cls * 78:58 + cls * 78] != 255).any(2)
+
+    assert np.array_equal(bars(left, 0), bars(right, 0))
+    assert not np.array_equal(bars(left, 0), bars(left, 1))
 
 
 def test_heat_is_monotone_in_lightness():

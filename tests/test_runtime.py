@@ -189,6 +189,20 @@ def test_bad_checkpoints_are_named(tmp_path):
         runtime.load_checkpoint(path)
 
 
+def test_checkpoints_of_unfinished_trainings(tmp_path):
+    """They can be evaluated, if they have what that needs; to predict, the training must be over. Either says so."""
+    path = tmp_path / "c.pt"
+    state = {"method": "method", "args": {}, "model": {}, "finished": [], "step": 4, "depths": {"a": 255}}
+    torch.save(state, path)
+    run = make_run(tmp_path)
+    assert dict(run.checkpoint_to_evaluate(parse("--eval", str(path)))) == state and run.depths == {"a": 255}
+    args = parse("--eval", str(path), "--predict", "x.png")
+    with pytest.raises(UsageError, match="not finished .step 4., so it has no threshold .* --resume --out"):
+        run.checkpoint_to_evaluate(args)
+    torch.save({**state, "finished": ["model"]}, path)
+    assert run.checkpoint_to_evaluate(args)["step"] == 4
+
+
 def test_nan_loss_stops_the_run(tmp_path):
     """A loss that is not finite ends the run before a checkpoint of it can be written."""
     run = make_run(tmp_path)
@@ -383,7 +397,8 @@ def test_resume_takes_the_options_of_the_run_in_the_folder(tmp_path):
         resume("--rate", "0.75")
     assert resume("--workers", "3", "--threads", "2").workers == "3"
     saved = json.loads((out / "args.json").read_text())
-    for changes, said in (({"method": "roads"}, "a run of roads.py, not of method.py"), ({"eval": "c.pt"}, "evaluation of c.pt")):
+    for changes, said in (({"method": "roads"}, "a run of roads.py, not of method.py"),
+                          ({"eval": "c.pt"}, "evaluation of c.pt")):
         (out / "args.json").write_text(json.dumps({**saved, **changes}))
         with pytest.raises(UsageError, match=said):
             resume()
