@@ -346,6 +346,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -706,14 +707,27 @@ class ReContrast(RevDist):
 
 def hard_mining(target, rebuilt, k):
     """`rebuilt` (B, C, h, w) unchanged, but no gradient where 1 - cos is below mean + k std of the
-    batch."""
+    step's whole batch, the other processes' images included."""
     with torch.no_grad():
         distance = 1 - F.cosine_similarity(target, rebuilt, dim=1)  # (B, h, w)
-        hard = (distance >= distance.mean() + k * distance.std())[:, None]  # (B, 1, h, w)
+        mean, std = moments(distance)
+        hard = (distance >= mean + k * std)[:, None]  # (B, 1, h, w)
     mined = rebuilt.view_as(rebuilt)  # a node of its own in the graph
     if mined.requires_grad:
         mined.register_hook(lambda gradient: gradient * hard)
     return mined
+
+
+def moments(values):
+    """Mean and standard deviation of the values of all processes (each has as many), scalars."""
+    if not dist.is_initialized():
+        return values.mean(), values.std()
+    count = values.numel() * dist.get_world_size()
+    mean = values.sum() / count
+    dist.all_reduce(mean)
+    variance = (values - mean).square().sum() / (count - 1)
+    dist.all_reduce(variance)
+    return mean, variance.sqrt()
 
 
 # ----------------------------------------------------------------------------------- bases: UniAD
@@ -726,6 +740,10 @@ class JoinedMaps(backbones.Pyramid):
         super().__init__(name, weights, image_size, backbones.all_stages(name))
         self.channels = [sum(self.backbone.channels)]
         self.sides = [image_size // 16]
+
+    @staticmethod
+    def channels_last(device):
+        return True  # a transformer takes them as tokens of C numbers
 
     def join(self, maps):
         size = (self.sides[0], self.sides[0])
@@ -1037,7 +1055,7 @@ def train_calibration(args, run, base, images, samples, state):
     described = Described(args, run, base, images, samples)
     frozen = runtime.Frozen(run, described, numbers, args, "calibration targets")
     if frozen.rows is not None:
-        own = frozen.rows[:, :2]  # (N, 2)
+        own = frozen.rows[:, :2].cpu()  # (N, 2)
     else:
         own = runtime.precompute(
             run, described.statistics, numbers, args.batch_size, 1.0, "calibration targets"
@@ -1344,7 +1362,8 @@ def main():
 def calibrate_base(args, run, dataset, images, state):
     """The usual run: a base is trained, or taken from the checkpoint `state`, and calibrated."""
     Base = BASES[args.base]
-    features = run.rank0_first(Base.features, args).to(run.device)
+    features = run.rank0_first(Base.features, args)
+    run.place(features)
     torch.manual_seed(args.seed)  # initial weights: the same on every rank
     model = Base(args, features.channels, features.sides).to(run.device)
     if images and not state:

@@ -636,57 +636,67 @@ def draem(image, rng, texture):
     for i in rng.choice(len(TEXTURE_OPS), 3, replace=False):
         texture = TEXTURE_OPS[i](texture, rng)
     cells = 2 ** rng.integers(1, 6, 2)
-    noise = Image.fromarray(perlin(size, cells, rng).astype(np.float32), "F")
+    noise = Image.fromarray(perlin(size, cells, rng), "F")
     noise = noise.rotate(rng.uniform(-5, 5), Image.Resampling.BILINEAR)
     mask = np.asarray(noise) > 0.5
     beta = rng.uniform(0, 0.8)
-    blended = (1 - beta) * texture.astype(np.float32) + beta * image
-    return np.where(mask[..., None], blended.astype(np.uint8), image), mask
+    out = image.copy()
+    out[mask] = (1 - beta) * texture[mask] + beta * image[mask]  # (pixels of the mask, 3)
+    return out, mask
 
 
 def perlin(size, cells, rng):
-    """Perlin noise (size, size), times √2 so that it spans about ±1; `cells` = lattice cells per
-    axis."""
+    """Perlin noise (size, size), float32, times √2 so that it spans about ±1; `cells` = lattice cells
+    per axis.
+
+    At a point it is the mean, with weights 1 - t and t along each axis, of what the four corners of
+    its cell say: the product of a corner's gradient with the offset from there. Weights and offsets
+    are separable: first along x for every row of the lattice, then along y.
+    """
     angle = rng.uniform(0, 2 * math.pi, (cells[0] + 1, cells[1] + 1))
-    gradient = np.stack([np.cos(angle), np.sin(angle)], -1)  # (cells+1, cells+1, 2)
-    y, x = np.arange(size) * cells[0] / size, np.arange(size) * cells[1] / size
-    iy, ix = y.astype(int), x.astype(int)
-    fy, fx = (y - iy)[:, None], (x - ix)[None, :]  # position inside the cell
-
-    def corner(dy, dx):
-        """Dot product of the corner's gradient with the offset from that corner: (size, size)."""
-        g = gradient[iy + dy][:, ix + dx]
-        return g[..., 0] * (fy - dy) + g[..., 1] * (fx - dx)
-
-    ty, tx = _fade(fy), _fade(fx)
-    top = corner(0, 0) * (1 - tx) + corner(0, 1) * tx
-    bottom = corner(1, 0) * (1 - tx) + corner(1, 1) * tx
-    return math.sqrt(2) * (top * (1 - ty) + bottom * ty)
+    gradient_y, gradient_x = math.sqrt(2) * np.cos(angle), math.sqrt(2) * np.sin(angle)
+    i, f, t = _places(size, cells[1])  # each (size,)
+    left, right = 1 - t, t
+    # what the gradients' x and y components give: (rows of the lattice, size)
+    of_x = gradient_x[:, i] * left * f + gradient_x[:, i + 1] * right * (f - 1)
+    of_y = gradient_y[:, i] * left + gradient_y[:, i + 1] * right
+    of_x, of_y = of_x.astype(np.float32), of_y.astype(np.float32)
+    i, f, t = _places(size, cells[0])
+    f, t = f[:, None].astype(np.float32), t[:, None].astype(np.float32)
+    above = of_y[i] * f + of_x[i]  # (size, size)
+    below = of_y[i + 1] * (f - 1) + of_x[i + 1]
+    return above + (below - above) * t
 
 
-def _fade(t):
-    return t * t * t * (t * (t * 6 - 15) + 10)
+def _places(size, cells):
+    """Of each pixel of an axis: its cell, its position in the cell from 0 to 1, and that faded."""
+    x = np.arange(size) * cells / size
+    cell = x.astype(int)
+    f = x - cell
+    return cell, f, f * f * f * (f * (f * 6 - 15) + 10)
 
 
 # The ten changes of a texture: uint8 (S, S, 3), rng -> uint8 (S, S, 3).
 
+LEVELS = np.arange(256, dtype=np.float32)  # of a channel: a change of levels is a table of 256
+
 
 def _gamma(t, rng):
-    table = (np.arange(256)[:, None] / 255) ** rng.uniform(0.5, 2.0, 3) * 255  # (256, 3)
-    channels = [table[t[..., i], i] for i in range(3)]
-    return np.stack(channels, -1).astype(np.uint8)
+    table = (LEVELS[:, None] / 255) ** rng.uniform(0.5, 2.0, 3) * 255  # (256, 3)
+    return _look_up(t, table)
 
 
 def _brightness(t, rng):
     space = ("HSV", "YCbCr", "LAB")[rng.integers(3)]
+    changed = _multiply_add(LEVELS, rng)  # (256,)
     if space == "LAB":
         # Pillow converts to LAB only through colour profiles: take grey as lightness there
-        v = np.asarray(Image.fromarray(t).convert("L")).astype(np.float32)
-        change = _multiply_add(v, rng) - v  # (S, S)
+        v = np.asarray(Image.fromarray(t).convert("L"))
+        change = (changed - LEVELS)[v]  # (S, S)
         return (t + change[..., None]).clip(0, 255).astype(np.uint8)
     channels = np.array(Image.fromarray(t).convert(space))
     light = 2 if space == "HSV" else 0
-    channels[..., light] = _multiply_add(channels[..., light].astype(np.float32), rng)
+    channels[..., light] = changed.astype(np.uint8)[channels[..., light]]
     return np.asarray(Image.fromarray(channels, space).convert("RGB"))
 
 
@@ -697,18 +707,25 @@ def _multiply_add(v, rng):
 
 
 def _hue_saturation(t, rng):
-    hsv = np.array(Image.fromarray(t).convert("HSV")).astype(int)
     hue, saturation = rng.integers(-50, 51, 2)
-    hsv[..., 0] = (hsv[..., 0] + hue) % 256  # a circle
-    hsv[..., 1] = (hsv[..., 1] + saturation).clip(0, 255)
-    return np.asarray(Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB"))
+    tables = (LEVELS + hue) % 256, LEVELS + saturation, LEVELS  # the hue is a circle
+    hsv = np.asarray(Image.fromarray(t).convert("HSV"))
+    changed = _look_up(hsv, np.stack(tables, axis=1).clip(0, 255))
+    return np.asarray(Image.fromarray(changed, "HSV").convert("RGB"))
 
 
 def _solarize(t, rng):
     if rng.random() >= 0.5:
         return t
     threshold = rng.uniform(32, 128)
-    return np.where(t >= threshold, 255 - t, t).astype(np.uint8)
+    table = np.where(LEVELS >= threshold, 255 - LEVELS, LEVELS)
+    return table.astype(np.uint8)[t]
+
+
+def _look_up(t, table):
+    """Each channel by its own table: uint8 (S, S, 3), (256, 3) from 0 to 255 -> uint8 (S, S, 3)."""
+    flat = table.astype(np.uint8).T.ravel().tolist()  # 256 of the first channel, 256 of the next...
+    return np.asarray(Image.fromarray(t).point(flat))
 
 
 def _sharpness(t, rng):
@@ -772,11 +789,14 @@ class Textures:
         grain = perlin(size, cells, rng) + 0.5 * perlin(size, np.minimum(2 * cells, size), rng)
         if rng.random() < 0.5:
             grain = np.sin(grain * rng.uniform(3, 20))
-        low, high = rng.uniform(0, 255, (2, 3))
+        low, high = rng.uniform(0, 255, (2, 3)).astype(np.float32)
         weight = (grain - grain.min()) / (np.ptp(grain) + 1e-9)  # (S, S) in [0, 1]
-        noise = rng.normal(0, rng.uniform(0, 20), (size, size, 1))
-        texture = low + (high - low) * weight[..., None] + noise  # (S, S, 3)
-        return texture.clip(0, 255).astype(np.uint8)
+        noise = rng.uniform(0, 20) * rng.standard_normal((size, size), dtype=np.float32)
+        channels = []
+        for first, last in zip(low, high):
+            channel = weight * (last - first) + (noise + first)  # (S, S)
+            channels.append(channel.clip(0, 255).astype(np.uint8))
+        return np.stack(channels, axis=-1)  # (S, S, 3)
 
 
 def seed_of_prompts(args):
@@ -844,7 +864,7 @@ class Triplets(runtime.Stream):
         """Of training image `index`, all its randomness from (seed, number): uint8 (3, S, S), and
         its mask, bool (S, S)."""
         rng = np.random.default_rng([self.args.seed, 3, number])
-        image = self.images[index].permute(1, 2, 0).numpy()  # (3, S, S) -> (S, S, 3)
+        image = self.images[index].permute(1, 2, 0).contiguous().numpy()  # (3,S,S) -> (S,S,3)
         image, mask = synthesize(image, rng, self.textures)
         image = torch.from_numpy(image).permute(2, 0, 1)  # (S, S, 3) -> (3, S, S)
         return image.contiguous(), torch.from_numpy(mask)
@@ -1158,7 +1178,7 @@ def main():
     dataset, images = runtime.training_data(run, args)
     check_prompts(args, state, dataset)
     features = run.rank0_first(Features, args.backbone, args.weights, args.image_size)
-    features.to(run.device)
+    run.place(features)
     torch.manual_seed(args.seed)  # initial weights: the same on every rank
     model = OneNIP(features.channels, features.side, args).to(run.device)
     if images and not state:
