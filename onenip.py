@@ -1177,6 +1177,8 @@ def main():
     state = run.checkpoint_to_evaluate(args)
     dataset, images = runtime.training_data(run, args)
     check_prompts(args, state, dataset)
+    if dataset and not dataset.test and args.score_scale == "test":
+        raise UsageError("--score-scale test needs test images, and --data has none: give train")
     features = run.rank0_first(Features, args.backbone, args.weights, args.image_size)
     run.place(features)
     torch.manual_seed(args.seed)  # initial weights: the same on every rank

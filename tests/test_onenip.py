@@ -848,6 +848,7 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
     (bad / "text").mkdir()
     (bad / "text" / "photo.png").write_text("no picture")
     cases = [
+        (("--data", tiny_data / "screw" / "train", "--score-scale", "test"), "--score-scale"),
         (("--data", bad / "nowhere"), "nowhere"),
         (("--data", "mvtec", "--data-root", bad), "mvtec"),
         (("--data", bad / "empty"), "empty"),
