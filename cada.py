@@ -498,6 +498,7 @@ def expected(out, statistic):
 # ------------------------------------------------------------- bases: reverse distillation, RevDist
 #
 # A base is a module with
+#     recipe              its options in both presets, of `RECIPES`
 #     size_multiple       what --image-size must be a multiple of
 #     needs_images        whether a training step needs the images, besides the frozen features
 #     features(args)      its frozen network: uint8 (B, 3, S, S) -> rows; .split(rows) -> maps
@@ -506,7 +507,7 @@ def expected(out, statistic):
 #     forward(maps, images)          -> targets, reconstructions (lists of maps), φ (B, C, h, w)
 #     loss(targets, rebuilt, progress, args)    progress from 0 to 1 -> scalar
 #     anomaly_map(targets, rebuilt, size)       -> (B, size, size)
-# and stands in `BASES` and, with its options, in `RECIPES`.
+# and stands in `BASES`.
 
 # Inner width of the bottleneck blocks, in multiples of ResNet's; other backbones get basic blocks.
 WIDEN = {"resnet50": 1, "wide_resnet50_2": 2}
@@ -611,6 +612,7 @@ def initialize(*parts):
 class RevDist(nn.Module):
     """Reverse distillation (Deng & Li, CVPR 2022)."""
 
+    recipe = RECIPES["revdist"]
     size_multiple = 32
     needs_images = False
 
@@ -653,6 +655,7 @@ class ReContrast(RevDist):
     maps come from `features`, and a trainable copy E. What is rebuilt from E's maps is compared
     with E₀'s, and the other way round."""
 
+    recipe = RECIPES["recontrast"]
     needs_images = True
 
     def __init__(self, args, channels, sides):
@@ -813,6 +816,7 @@ class Layer(nn.Module):
 class UniAD(nn.Module):
     """UniAD (You et al., NeurIPS 2022): a transformer rebuilds F from tokens further away."""
 
+    recipe = RECIPES["uniad"]
     size_multiple = 16
     needs_images = False
 
@@ -1540,7 +1544,7 @@ def evaluate(args, run, base, calibration, state, dataset):
         score,
         setting=setting_of(args, base, calibration, state),
         seconds=state["seconds"],
-        paper=papers.numbers("cada", args, RECIPES[args.base]["paper"], dataset.name, run.world),
+        paper=papers.numbers("cada", args, BASES[args.base].recipe["paper"], dataset.name, run.world),
         extra=after_pass,
         described=score.described if isinstance(base, Trained) else None,
         compare={"without calibration": plain.rep} if plain else None,

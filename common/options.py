@@ -94,7 +94,7 @@ class Options:
 
     data: str = option(
         "synth",
-        "synth, mvtec, visa, btad, realiad, several joined with +, or a folder: in MVTec layout, "
+        f"synth, {', '.join(BENCHMARKS)}, several joined with +, or a folder: in MVTec layout, "
         "or of good images only",
         group="data",
     )
@@ -138,7 +138,7 @@ class Options:
     )
     preset: str = option(
         "",
-        "laptop or paper (default: paper for mvtec, visa, btad and realiad, else laptop)",
+        f"laptop or paper (default: paper for {', '.join(BENCHMARKS)}, else laptop)",
         choices=("", "laptop", "paper"),
     )
     out: str = option("", "folder of the run (default: runs/<script>-<data>)")
