@@ -1,7 +1,7 @@
 """What one training step of the paper presets costs, and how fast batches are made.
 
-    python -m tests.bench_pipeline count      operations, bytes and launches of a step, counted on
-                                              tensors without data: no GPU is needed
+    python -m tests.bench_pipeline count      operations, bytes and launches of a step, counted in
+                                              steps of two and three images: no GPU is needed
     python -m tests.bench_pipeline loader     OneNIP's samples per second against --workers on this
                                               machine; then the same with simulated cores, on which a
                                               sample sleeps as long as it takes to make
@@ -11,10 +11,11 @@ The numbers of docs/gpu.md come from here.
 
 import argparse
 import time
+import warnings
+from functools import partial
 
 import numpy as np
 import torch
-from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -66,79 +67,85 @@ def count(function):
     return flops.get_total_flops(), traffic.bytes, traffic.launches
 
 
-def steps_of_papers():
-    """{preset: (args, frozen network, its calls a step with what each returns, function of losses)}.
-
-    To be called under FakeTensorMode: shapes without data.
-    """
+def presets():
+    """{preset: (args, frozen network, model, function of a batch size that makes the inputs of the
+    method's losses)}."""
     found = {}
     args = onenip.Args(**onenip.PRESETS["paper"])
     features = onenip.Features(args.backbone, "random", args.image_size)
     model = onenip.OneNIP(features.channels, features.side, args)
-    x = torch.empty(args.batch_size, features.channels, features.side, features.side)
-    mask = torch.empty(args.batch_size, args.image_size, args.image_size)
-    loss = onenip.losses
-    found["onenip"] = args, features, model, lambda: loss(model, x, x, x, mask, args)
 
+    def inputs_of_onenip(n, channels=features.channels, side=features.side, args=args):
+        x = torch.randn(n, channels, side, side)
+        mask = torch.ones(n, args.image_size, args.image_size)
+        return x, x, x, mask, args
+
+    found["onenip"] = args, features, model, onenip.losses, inputs_of_onenip
     args = omniad.Args(**omniad.PRESETS["paper"])
-    features, maps = pyramid_and_maps(args)
-    student = omniad.OmniAD(features.channels, args)
-    found["omniad"] = args, features, student, _bound(omniad.losses, student, maps, student.scale, args)
+    features = omniad.backbones.Pyramid(args.backbone, "random", args.image_size)
+    model = omniad.OmniAD(features.channels, args)
 
+    def inputs_of_omniad(n, features=features, model=model, args=args):
+        return maps_of(features, n), model.scale, args
+
+    found["omniad"] = args, features, model, omniad.losses, inputs_of_omniad
     args = roads.Args(**{**roads.PRESETS["paper"], "adapter_weights": "random"})
-    features, maps = pyramid_and_maps(args)
-    prompted = roads.ROADS(features.channels, 15, args)
-    size = args.adapter_size or args.image_size
-    view = torch.empty(args.batch_size, 3, size, size, dtype=torch.uint8)
-    true = torch.empty(args.batch_size, dtype=torch.long)
-    inputs = prompted, maps, view, true, view, args
-    found["roads"] = args, features, prompted, _bound(roads.losses, *inputs)
+    features = roads.backbones.Pyramid(args.backbone, "random", args.image_size)
+    model = roads.ROADS(features.channels, 15, args)
 
+    def inputs_of_roads(n, features=features, args=args):
+        view = images_of(n, args.adapter_size or args.image_size)
+        return maps_of(features, n), view, torch.zeros(n, dtype=torch.long), view, args
+
+    found["roads"] = args, features, model, roads.losses, inputs_of_roads
     for base in cada.RECIPES:
         args = cada.Args(**{**cada.RECIPES[base]["paper"], "base": base, "weights": "random"})
         features = cada.BASES[base].features(args)
-        maps = maps_of(features, args.batch_size)
-        images = torch.empty(args.batch_size, 3, args.image_size, args.image_size, dtype=torch.uint8)
-        trained = cada.BASES[base](args, features.channels, features.sides)
-        inputs = trained, maps, images, 0.5, args
-        found[f"cada, {base}"] = args, features, trained, _bound(cada.losses, *inputs)
+        model = cada.BASES[base](args, features.channels, features.sides)
+
+        def inputs_of_cada(n, features=features, args=args):
+            return maps_of(features, n), images_of(n, args.image_size), 0.5, args
+
+        found[f"cada, {base}"] = args, features, model, cada.losses, inputs_of_cada
     return found
 
 
-def pyramid_and_maps(args):
-    pyramid = omniad.backbones.Pyramid(args.backbone, "random", args.image_size)
-    return pyramid, maps_of(pyramid, args.batch_size)
+def maps_of(pyramid, n):
+    return [torch.randn(n, c, side, side) for c, side in zip(pyramid.channels, pyramid.sides)]
 
 
-def maps_of(pyramid, batch):
-    sides = zip(pyramid.channels, pyramid.sides)
-    return [torch.empty(batch, channels, side, side) for channels, side in sides]
-
-
-def _bound(losses, *inputs):
-    return lambda: losses(*inputs)
+def images_of(n, size):
+    return torch.randint(256, (n, 3, size, size), dtype=torch.uint8)
 
 
 def count_all():
-    print("of one image; T: 10^12 operations, M: 10^6 bytes, float32, nothing fused")
-    print(f"{'':18}{'batch':>6}{'frozen, T':>11}{'step, T':>9}{'step, MB':>10}{'launches/step':>15}"
-          f"{'row, MB':>9}")
-    with FakeTensorMode():
-        for name, (args, features, model, losses) in steps_of_papers().items():
-            shape = args.batch_size, 3, args.image_size, args.image_size
-            images = torch.empty(shape, dtype=torch.uint8)
-            rows = []
-            frozen, _, _ = count(lambda: rows.append(features(images)))
+    """Counted at batches of 2 and 3 images; what a step moves grows linearly from there."""
+    print("frozen, step: 10^9 operations of one image, the frozen network's forward and the trained")
+    print("part's step; MB: 10^6 bytes that the step moves for one image, float32, nothing fused;")
+    print("launches: of the step, any batch; row: 10^6 bytes of an image's features in float32")
+    print(f"{'':16}{'batch':>6}{'frozen':>9}{'step':>9}{'MB':>9}{'launches':>10}{'row':>7}")
+    for name, preset in presets().items():
+        print(f"{name:16}" + row_of(*preset), flush=True)
 
-            def step():
-                losses()[0].backward()
 
-            model.train()
-            operations, moved, launches = count(step)
-            n = args.batch_size
-            row = rows[0][0].numel() * 4 / 1e6
-            print(f"{name:18}{n:6}{frozen / n / 1e12:11.4f}{operations / n / 1e12:9.4f}"
-                  f"{moved / n / 1e6:10.0f}{launches:15,}{row:9.2f}", flush=True)
+def row_of(args, features, model, losses, inputs_of):
+    """The numbers of one preset, as `presets` gives it, in one line."""
+    frozen, _, _ = count(lambda: features(images_of(1, args.image_size)))
+    moved = []
+    for n in (2, 3):
+        inputs = inputs_of(n)
+        operations, bytes_moved, launches = count(partial(step, model, losses, inputs))
+        moved.append(bytes_moved)
+    slope, n = moved[1] - moved[0], args.batch_size
+    per_image = (moved[0] + (n - 2) * slope) / n
+    row = features(images_of(1, args.image_size)).numel() * 4 / 1e6
+    counted = f"{frozen / 1e9:9.1f}{operations / 3e9:9.1f}{per_image / 1e6:9.0f}{launches:10,}"
+    return f"{n:6}{counted}{row:7.2f}"
+
+
+def step(model, losses, inputs):
+    loss, _ = losses(model, *inputs)
+    loss.backward()
 
 
 # ------------------------------------------------------------------------------------------ loader
@@ -163,22 +170,24 @@ class Pictures(list):
 
     def __init__(self, size):
         super().__init__(torch.randint(256, (32, 3, size, size), dtype=torch.uint8))
-        self.samples = [runtime.data.Sample("", None, 0, "class")] * len(self)
+        self.samples = [runtime.data.Sample("", None, 0, "class", "good", "")] * len(self)
 
 
 def speed(dataset, workers, batch_size, batches):
-    """Samples per second of all batches but the first four, which the processes start with."""
+    """Samples per second, after the batches that were ready when the first one was asked for."""
     run = runtime.Run("onenip", None, torch.device("cpu"))
-    loader = run.loader(dataset, run.batch_indices(0, batches + 4, batch_size), str(workers))
-    for step, _ in enumerate(loader):
-        if step == 3:
+    ready, timed = 4 * workers + 4, max(batches, 4 * workers)
+    steps = run.batch_indices(0, ready + timed, batch_size)
+    for step, _ in enumerate(run.loader(dataset, steps, str(workers))):
+        if step == ready - 1:
             began = time.monotonic()
-    return batches * batch_size / (time.monotonic() - began)
+    return timed * batch_size / (time.monotonic() - began)
 
 
 def loader(args):
     method = onenip.Args(**onenip.PRESETS["paper"])
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # on purpose
     pictures = Pictures(method.image_size)
     made = onenip.Triplets(pictures, method, {"class": 0}, args.batch_size, needs_images=False)
     times = []
@@ -201,7 +210,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("count", "loader"))
     parser.add_argument("--device", default="cpu", choices=("cpu",), help="what it runs on")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4, 8, 16, 24])
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4, 8, 16])
     parser.add_argument("--cores", type=int, default=2, help="most workers that are not simulated")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--batches", type=int, default=12)

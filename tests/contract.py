@@ -42,8 +42,8 @@ def check_files(finished, method):
     out, done = finished
     result = json.loads((out / "metrics.json").read_text())
     assert set(result) - {"shift", "compare", "problems"} == {
-        "method", "data", "setting", "classes", "mean", "mixed", "paper", "images", "seconds", "speed", "versions", "seed",
-        "commit"}
+        "method", "data", "setting", "classes", "mean", "mixed", "paper", "images", "seconds", "speed", "versions",
+        "seed", "commit"}
     for speed in result["speed"].values():
         assert speed["images_per_s"] > 0 and 0 <= speed["data_wait"] <= 1
     assert result["method"] == method and result["images"] == 8 * 7 and result["paper"] is None

@@ -457,7 +457,7 @@ def test_pyramid_gives_the_maps_back_in_the_layout_of_the_device():
     images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
     own = pyramid.backbone(data.normalize(images).contiguous(memory_format=torch.channels_last))
     for last in False, True:
-        pyramid.channels_last = lambda device: last
+        pyramid.channels_last = lambda device, last=last: last
         rows = pyramid(images)
         for f, expected in zip(pyramid.split(rows), own):
             assert torch.equal(f, expected)

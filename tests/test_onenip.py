@@ -398,7 +398,10 @@ def literal_changes(t, rng_of):
 def test_changes_of_levels_are_those_of_every_pixel(seed):
     """Tables of 256 levels give what the formula gives pixel by pixel (the gamma within one level: float32)."""
     texture = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    rng_of = lambda: np.random.default_rng(seed)
+
+    def rng_of():
+        return np.random.default_rng(seed)
+
     for name, expected in literal_changes(texture, rng_of).items():
         given = getattr(onenip, name)(texture, rng_of())
         assert given.dtype == np.uint8

@@ -430,7 +430,8 @@ def test_auto_workers_feed_a_gpu(needs_images, cores, ranks, expected, monkeypat
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     stream = runtime.Stream([torch.zeros(3, 2, 2, dtype=torch.uint8)] * 5, 0, 2, needs_images)
     assert runtime.auto_workers(torch.device("cuda"), stream) == expected
-    assert runtime.auto_workers(torch.device("cuda"), {"a list of": "test images"}) == max(1, min(cores // ranks - 1, 16))
+    of_pixels = max(1, min(cores // ranks - 1, 16))
+    assert runtime.auto_workers(torch.device("cuda"), ["test images"]) == of_pixels
     assert runtime.auto_workers(torch.device("cpu"), stream) == 0
 
 
@@ -447,12 +448,17 @@ def test_batches_do_not_depend_on_who_draws_them(workers, tmp_path):
 
 
 def test_rows_are_moved_where_that_costs_less_than_computing_them():
-    """A convolution of known cost: 2 * 9 * 3 * 16 * 30 * 30 operations give 57,600 bytes of float32 for 3,072 of pixels,
-    14 operations a byte. A row that is shorter than its image is always moved, and where the image would have to be
-    decoded any row is."""
+    """A convolution of known cost: 2 * 9 * 3 * 16 * 30 * 30 operations give 57,600 bytes of float32
+    for 3,072 of pixels, 14 operations a byte. A row that is shorter than its image is always moved,
+    and where the image would have to be decoded any row is."""
     image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    wide = lambda x: torch.conv2d(x.float(), torch.zeros(16, 3, 3, 3))  # noqa: E731
-    small = lambda x: wide(x).mean((2, 3))  # noqa: E731
+
+    def wide(x):
+        return torch.conv2d(x.float(), torch.zeros(16, 3, 3, 3))
+
+    def small(x):
+        return wide(x).mean((2, 3))
+
     ratio_here = 2 * 9 * 3 * 16 * 30 * 30 / (57_600 - 3_072)
     for ratio, expected in (ratio_here + 1, False), (ratio_here - 1, True):
         with pytest.MonkeyPatch.context() as patch:
