@@ -870,6 +870,19 @@ class Triplets(runtime.Stream):
         return image.contiguous(), torch.from_numpy(mask)
 
 
+class Made(torch.utils.data.Dataset):
+    """The pseudo-anomalies of --bank, by number: uint8 (3, S, S) and their masks, bool (S, S)."""
+
+    def __init__(self, stream, each):
+        self.stream, self.each = stream, each
+
+    def __len__(self):
+        return len(self.stream.cls) * self.each
+
+    def __getitem__(self, number):
+        return self.stream.pseudo_anomaly(number // self.each, number)
+
+
 class Bank:
     """--bank: pseudo-anomalies made of every training image, once, and their frozen features.
 
@@ -877,19 +890,29 @@ class Bank:
     """
 
     def __init__(self, args, run, features, stream):
-        images, masks = [], []
-        count = len(stream.cls) * args.bank
-        for number in run.progress(range(count), "pseudo-anomalies"):
-            image, mask = stream.pseudo_anomaly(number // args.bank, number)
-            images.append(image)
-            masks.append(mask)
-        self.run, self.masks = run, torch.stack(masks)  # (N · bank, S, S)
+        made = Made(stream, args.bank)
+        pictures = len(made), 3, args.image_size, args.image_size
+        need = 4 * math.prod(pictures) // 3  # bytes: a picture has three channels, its mask is one
+        if need > args.memory_share * data.free_memory():
+            raise self.too_large(args)
+        images = torch.empty(pictures, dtype=torch.uint8)
+        self.masks = torch.empty(pictures[:1] + pictures[2:], dtype=torch.bool)  # (N · bank, S, S)
+        firsts = range(0, len(made), 16)
+        batches = [list(range(first, min(first + 16, len(made)))) for first in firsts]
+        loader = run.loader(made, batches, args.workers)
+        parts = zip(batches, run.progress(loader, "pseudo-anomalies", len(batches)))
+        for numbers, (image, mask) in parts:
+            images[numbers], self.masks[numbers] = image, mask
+        self.run = run
         self.frozen = runtime.Frozen(run, features, images, args)
         if self.frozen.needs_images:
-            raise UsageError(
-                f"--bank {args.bank} does not fit into --memory-share {args.memory_share}; "
-                "use --bank 0"
-            )
+            raise self.too_large(args)
+
+    @staticmethod
+    def too_large(args):
+        return UsageError(
+            f"--bank {args.bank} does not fit into --memory-share {args.memory_share}; use --bank 0"
+        )
 
     def __call__(self, batch):
         masks = self.run.to_device(self.masks[batch["index"]])

@@ -906,3 +906,31 @@ def test_real_classes(real_data, tmp_path, command, metrics_of):
                    "--steps", 80, "--image-size", 128)
     assert done.status == 0, done.err
     assert metrics_of(tmp_path / "run")["mean"]["p_auroc"] > 0.7
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_the_bank_is_what_one_process_makes_one_by_one(workers, tiny_data, tmp_path):
+    """Whoever makes them: picture by picture those of `pseudo_anomaly`. What does not fit is refused before any is
+    made."""
+    dataset = onenip.data.load(str(tiny_data), None, ["screw"])
+    args = onenip.Args(bank=3, image_size=64, workers=workers)
+    images = onenip.data.Images(dataset.train, 64)
+    stream = onenip.Triplets(images, args, {"screw": 0}, 2, False)
+    run = onenip.runtime.Run("onenip", tmp_path, torch.device("cpu"))
+
+    class Pixels:
+        def __call__(self, pictures):
+            return pictures.float()
+
+        def split(self, rows):
+            return rows
+
+    bank = onenip.Bank(args, run, Pixels(), stream)
+    numbers = torch.tensor([17, 0, 4])
+    pictures, masks = bank({"index": numbers})
+    for k, picture, mask in zip(numbers.tolist(), pictures, masks):
+        expected, expected_mask = stream.pseudo_anomaly(k // 3, k)
+        assert torch.equal(picture, expected.float()) and torch.equal(mask, expected_mask.float())
+    args.memory_share = 0.0
+    with pytest.raises(UsageError, match="--bank 3 does not fit"):
+        onenip.Bank(args, run, None, stream)
