@@ -6,7 +6,7 @@ from tests import bench_pipeline
 
 
 def test_what_is_counted():
-    """A product (3, 4) x (4, 5) and a sum, forward: 2 * 3 * 4 * 5 operations, two launches, and the bytes that they read
+    """A product (3, 4) x (4, 5) and a sum: 2 * 3 * 4 * 5 operations, two launches, the bytes that they read
     and write; the transposition before is a view and costs nothing."""
     a, b = torch.ones(3, 4), torch.ones(5, 4)
     operations, moved, launches = bench_pipeline.count(lambda: (a @ b.T).sum())
