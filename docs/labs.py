@@ -27,6 +27,7 @@ import numpy as np
 
 PAGE = Path(__file__).resolve().parent / "labs.md"
 ROOT = PAGE.parent.parent
+sys.path.insert(0, str(ROOT))  # the scripts are imported from within the folder of the runs
 ROW = re.compile(r"\| (?:`(runs/[\w-]+)`|printed) \| .*`([^`]+)` \| (.*) \|$")
 DIFF = re.compile(r"--- (\w+)\.py\n- (.*)\n\+ (.*)\n")
 
@@ -149,7 +150,7 @@ def _number(name, key, printed):
     value = json.loads(Path(name, "metrics.json").read_text())
     for word in key.split("/"):
         value = value[word]
-    return 100 * value
+    return value if key.startswith("seconds") else 100 * value
 
 
 # ------------------------------------------------------------------------------------- the page
@@ -178,11 +179,22 @@ def written(text, number, texts):
     return "\n".join(lines)
 
 
+def numbers(lab, seed, folder, keep):
+    """What `run` gives; it is kept beside the runs. keep: take what is there, if it is."""
+    file = folder / f"lab{lab.number}.json"
+    if keep and file.is_file():
+        return {(name, key): value for name, key, value in json.loads(file.read_text())}
+    found = run(lab, seed, folder)
+    file.write_text(json.dumps([(*where, value) for where, value in found.items()]))
+    return found
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser("python -m docs.labs", description=__doc__.split("\n")[0])
     parser.add_argument("--lab", type=int, help="only this one (some need the runs of those before)")
     parser.add_argument("--seeds", default="0", help="separated by commas (default: 0)")
     parser.add_argument("--out", default="runs/labs", help="folder of the runs (default: runs/labs)")
+    parser.add_argument("--keep", action="store_true", help="do not run what was run there before")
     parser.add_argument("--write", action="store_true", help="put the numbers into the page")
     args = parser.parse_args(argv)
     seeds = [int(seed) for seed in args.seeds.split(",")]
@@ -190,7 +202,7 @@ def main(argv=None):
     for lab in read(PAGE.read_text()):
         if args.lab not in (None, lab.number):
             continue
-        results = [run(lab, seed, out / str(seed)) for seed in seeds]
+        results = [numbers(lab, seed, out / str(seed), args.keep) for seed in seeds]
         print(f"\n{lab.number} {lab.title}")
         texts = {}
         for name, key, value in lab.rows:

@@ -116,33 +116,31 @@ def fill(args, run, features, memory, images, class_names):
     if job.finished:  # only the evaluation is missing
         return job.resumed
     job.contents |= {"classes": class_names}
-    run.seed(args.seed)
     for number, name in enumerate(run.progress(class_names, "memory")):
         of_class = [i for i, sample in enumerate(images.samples) if sample.cls == name]
-        found = patches_of(args, run, features, images, of_class)  # (n, C)
-        order = torch.randperm(len(found))
-        # a class that has too few repeats them, which moves no nearest neighbour
-        chosen = order.repeat(-(-args.patches // len(order)))[: args.patches]
-        memory.patches[number] = found[chosen]
+        memory.patches[number] = patches_of(args, run, features, images, of_class)
     score = Scorer(args, run, features, memory, class_names)
     # these images' own patches are in the memory, so their scores are a little too low
     return job.finish(**thresholds.of_training_images(run, args, score, images.samples, images))
 
 
 def patches_of(args, run, features, images, indices):
-    """Patches of these images, the same number of each, at places drawn by chance: (n, C).
+    """--patches patches of these images, (M, C), drawn by chance from all places of all of them.
 
-    At least --patches in all, if there are as many. Not all are kept: of 15 classes of MVTec AD they
-    would take two gigabytes.
+    If there are fewer, they are repeated, which moves no nearest neighbour.
     """
-    per_image = -(-args.patches // len(indices))
+    places = (args.image_size // 8) ** 2
+    torch.manual_seed(args.seed)  # the same whatever other classes there are, and on every rank
+    order = torch.randperm(len(indices) * places)
+    chosen = order.repeat(-(-args.patches // len(order)))[: args.patches]
+    chosen = chosen.sort().values
     found = []
-    for first in range(0, len(indices), args.batch_size):
+    for first in range(0, len(indices), args.batch_size):  # not all at once: they may be gigabytes
         batch = torch.stack([images[i] for i in indices[first : first + args.batch_size]])
-        for f in features(run.to_device(batch)):  # (C, h, w)
-            patches = f.flatten(1).T  # (C, h, w) -> (h w, C)
-            places = torch.randperm(len(patches))[:per_image]
-            found.append(patches[places])
+        patches = features(run.to_device(batch)).flatten(2).transpose(1, 2)  # (B, h w, C)
+        here = chosen - first * places
+        here = here[(here >= 0) & (here < len(batch) * places)]
+        found.append(patches.flatten(0, 1)[here.to(run.device)])  # (B, h w, C) -> (B h w, C)
     return torch.cat(found)
 
 

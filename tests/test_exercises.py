@@ -118,7 +118,7 @@ def learned_queries(layer, x):
 
 
 def read_prompts(block, z, positions):
-    attended = block.mca(block.norm_x(z), block.norm_y(positions)) + z
+    attended = block.attend(z, positions) + z
     return block.ffn(block.norm(attended)) + z
 
 
@@ -178,7 +178,7 @@ def without_heads(layer, x):
 
 
 def skip_of_the_sum(block, z, positions):
-    attended = block.mca(block.norm_x(z), block.norm_y(positions)) + z
+    attended = block.attend(z, positions) + z
     return block.ffn(block.norm(attended)) + attended
 
 

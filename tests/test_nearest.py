@@ -37,8 +37,7 @@ def scores_of(folder):
 
 
 def test_memory_holds_patches_of_its_class(filled):
-    """Every remembered patch is one of its own class's training images, the images share the places,
-    and none is there twice while there are others."""
+    """Every remembered patch is one of its own class's training images; none is there twice while there are others."""
     dataset, images, score = filled
     for number, name in enumerate(dataset.classes):
         batch = torch.stack([images[i] for i, s in enumerate(images.samples) if s.cls == name])
@@ -47,8 +46,6 @@ def test_memory_holds_patches_of_its_class(filled):
         distance, which = KDTree(found.flatten(0, 1).numpy()).query(patches.numpy())
         assert distance.max() < 1e-3
         assert len(set(which)) == 40
-        per_image = np.bincount(which // 64, minlength=6)
-        assert per_image.max() <= 7  # 40 patches of 6 images
 
 
 def test_distance_is_that_of_the_nearest_neighbour(filled):
@@ -72,7 +69,8 @@ def test_a_small_class_repeats_its_patches(filled):
     args = nearest.Args(image_size=64, patches=500, out=score.args.out)
     memory = nearest.Memory(2, 500, score.features.channels)
     nearest.fill(args, score.run, score.features, memory, images, dataset.classes)
-    assert (memory.patches.abs().sum(2) > 0).all()
+    for patches in memory.patches:  # 6 images of 64 places
+        assert len(torch.unique(patches, dim=0)) == 6 * 64
 
 
 def test_the_program(words, tmp_path, command, metrics_of):

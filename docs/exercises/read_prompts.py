@@ -14,8 +14,8 @@ import roads
 
 
 def read_prompts(block, z, positions):
-    """block: has norm_x (of z), norm_y (of positions), norm, ffn, and mca(queries, memory), which is
-    MCA; z (B, l, C), positions (B, n, C) -> ẑ (B, l, C)."""
+    """block: has attend(z, positions), which is MCA(LN(z), LN(F)), norm (the outer LN) and ffn;
+    z (B, l, C), positions (B, n, C) -> ẑ (B, l, C)."""
     ...
 
 

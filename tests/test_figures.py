@@ -1,0 +1,98 @@
+"""Pictures for slides: every method's from a tiny run, the hero of four, and what is drawn is what the model has."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import onenip
+from docs import figures
+
+BLOCKS = "--depths", "1,1,1,1", "--steps", 2
+TRANSFORMER = "--hidden", 32, "--heads", 2, "--mlp", 32, "--steps", 2
+WORDS = {
+    "onenip": (*TRANSFORMER, "--bank", 1),
+    "omniad": (*BLOCKS, "--tokens", 16),
+    "roads": BLOCKS,
+    "cada": (*BLOCKS, "--calibration-steps", 2),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("figures")
+
+
+@pytest.fixture
+def finished(runs, tiny_data, command):
+    """finished(method): the folder of its tiny run, with --save-maps."""
+
+    def of(method):
+        out = runs / method
+        if not (out / "metrics.json").is_file():
+            small = "--data", tiny_data, "--classes", "screw,terrazzo", "--image-size", 64
+            done = command(method, *small, *WORDS[method], "--out", out, "--save-maps")
+            assert done.status == 0, done.err
+        return out
+
+    return of
+
+
+@pytest.mark.parametrize("method", WORDS)
+def test_pictures_of_a_run(method, finished, capsys):
+    """All of the method's pictures are written, large enough, and no panel of a map is of one colour."""
+    out = finished(method)
+    before = (out / "metrics.json").read_bytes(), (out / "checkpoint.pt").read_bytes()
+    assert figures.main([str(out)]) == 0
+    names = [line.split("/")[-1] for line in capsys.readouterr().out.split()]
+    assert names == [f"{name}.png" for name in figures.PICTURES[method]]
+    for name in names:
+        picture = np.asarray(Image.open(out / "figures" / name))
+        assert min(picture.shape[:2]) >= 2 * figures.PANEL
+        if name != "codes.png":  # the last panel of the first row
+            last = picture[figures.TEXT + 12 :, -figures.PANEL :][: figures.PANEL]
+            assert len(np.unique(last.reshape(-1, 3), axis=0)) > 2
+    assert before == ((out / "metrics.json").read_bytes(), (out / "checkpoint.pt").read_bytes())
+
+
+def test_attention_is_that_of_the_layer():
+    """With one head, the weights times the values, projected, are what the layer gives; mask included."""
+    torch.manual_seed(0)
+    layer = onenip.Attention(onenip.Args(hidden=16, heads=1, dropout=0.0)).eval()
+    x, p = torch.randn(2, 2, 9, 16)
+    q, k, v = layer.to_q(x), layer.to_k(p), layer.to_v(p)
+    weights = figures.attention_weights(q, k, 1, figures.neighbours(3, 3, 0))
+    torch.testing.assert_close(layer.to_out(weights @ v), layer(x, p, p, (3, 3, 0)))
+
+
+def test_hero(finished, capsys, tmp_path):
+    """Four methods and the truth, a column for each class; what is missed is said."""
+    folders = [str(finished(method)) for method in WORDS]
+    assert figures.main(["hero", *folders, "--out", str(tmp_path / "hero.png")]) == 0
+    assert "outside the defect (red frame): " in capsys.readouterr().out
+    width, height = Image.open(tmp_path / "hero.png").size
+    assert width > 2 * figures.PANEL and height > 6 * figures.PANEL
+
+
+def test_hero_is_not_chosen_by_hand():
+    """Of each class the median by the mean rank over the methods; good images never."""
+    paths = np.array([f"{i}.png" for i in range(6)])
+    labels = np.array([0, 1, 1, 1, 1, 1])
+    one = {"paths": paths, "labels": labels, "scores": np.array([99, 1, 2, 3, 4, 5])}
+    other = {"paths": paths[::-1], "labels": labels[::-1], "scores": np.array([50, 10, 40, 30, 20, 99])}
+    # ranks of images 1 to 5: 0, 1, 2, 3, 4 and 1, 2, 3, 0, 4; sums 1, 3, 5, 3, 8
+    assert figures.median_defect([one]) == "3.png"
+    assert figures.median_defect([one, other]) == "4.png"
+
+
+def test_bad_input(finished, tmp_path, capsys):
+    out = str(finished("cada"))
+    cases = [
+        ([str(tmp_path)], "no such checkpoint"),
+        ([out, "--classes", "moon"], "--classes moon"),
+        (["hero", str(tmp_path)], "no finished run"),
+    ]
+    for words, named in cases:
+        assert figures.main(words) == 2
+        error = capsys.readouterr().err
+        assert named in error and error.count("\n") == 1
