@@ -346,6 +346,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -497,6 +498,7 @@ def expected(out, statistic):
 # ------------------------------------------------------------- bases: reverse distillation, RevDist
 #
 # A base is a module with
+#     recipe              its options in both presets, of `RECIPES`
 #     size_multiple       what --image-size must be a multiple of
 #     needs_images        whether a training step needs the images, besides the frozen features
 #     features(args)      its frozen network: uint8 (B, 3, S, S) -> rows; .split(rows) -> maps
@@ -505,7 +507,7 @@ def expected(out, statistic):
 #     forward(maps, images)          -> targets, reconstructions (lists of maps), φ (B, C, h, w)
 #     loss(targets, rebuilt, progress, args)    progress from 0 to 1 -> scalar
 #     anomaly_map(targets, rebuilt, size)       -> (B, size, size)
-# and stands in `BASES` and, with its options, in `RECIPES`.
+# and stands in `BASES`.
 
 # Inner width of the bottleneck blocks, in multiples of ResNet's; other backbones get basic blocks.
 WIDEN = {"resnet50": 1, "wide_resnet50_2": 2}
@@ -610,6 +612,7 @@ def initialize(*parts):
 class RevDist(nn.Module):
     """Reverse distillation (Deng & Li, CVPR 2022)."""
 
+    recipe = RECIPES["revdist"]
     size_multiple = 32
     needs_images = False
 
@@ -652,6 +655,7 @@ class ReContrast(RevDist):
     maps come from `features`, and a trainable copy E. What is rebuilt from E's maps is compared
     with E₀'s, and the other way round."""
 
+    recipe = RECIPES["recontrast"]
     needs_images = True
 
     def __init__(self, args, channels, sides):
@@ -706,14 +710,27 @@ class ReContrast(RevDist):
 
 def hard_mining(target, rebuilt, k):
     """`rebuilt` (B, C, h, w) unchanged, but no gradient where 1 - cos is below mean + k std of the
-    batch."""
+    step's whole batch, the other processes' images included."""
     with torch.no_grad():
         distance = 1 - F.cosine_similarity(target, rebuilt, dim=1)  # (B, h, w)
-        hard = (distance >= distance.mean() + k * distance.std())[:, None]  # (B, 1, h, w)
+        mean, std = moments(distance)
+        hard = (distance >= mean + k * std)[:, None]  # (B, 1, h, w)
     mined = rebuilt.view_as(rebuilt)  # a node of its own in the graph
     if mined.requires_grad:
         mined.register_hook(lambda gradient: gradient * hard)
     return mined
+
+
+def moments(values):
+    """Mean and standard deviation of the values of all processes (each has as many), scalars."""
+    if not dist.is_initialized():
+        return values.mean(), values.std()
+    count = values.numel() * dist.get_world_size()
+    mean = values.sum() / count
+    dist.all_reduce(mean)
+    variance = (values - mean).square().sum() / (count - 1)
+    dist.all_reduce(variance)
+    return mean, variance.sqrt()
 
 
 # ----------------------------------------------------------------------------------- bases: UniAD
@@ -726,6 +743,10 @@ class JoinedMaps(backbones.Pyramid):
         super().__init__(name, weights, image_size, backbones.all_stages(name))
         self.channels = [sum(self.backbone.channels)]
         self.sides = [image_size // 16]
+
+    @staticmethod
+    def channels_last(device):
+        return True  # a transformer takes them as tokens of C numbers
 
     def join(self, maps):
         size = (self.sides[0], self.sides[0])
@@ -795,6 +816,7 @@ class Layer(nn.Module):
 class UniAD(nn.Module):
     """UniAD (You et al., NeurIPS 2022): a transformer rebuilds F from tokens further away."""
 
+    recipe = RECIPES["uniad"]
     size_multiple = 16
     needs_images = False
 
@@ -1037,7 +1059,7 @@ def train_calibration(args, run, base, images, samples, state):
     described = Described(args, run, base, images, samples)
     frozen = runtime.Frozen(run, described, numbers, args, "calibration targets")
     if frozen.rows is not None:
-        own = frozen.rows[:, :2]  # (N, 2)
+        own = frozen.rows[:, :2].cpu()  # (N, 2)
     else:
         own = runtime.precompute(
             run, described.statistics, numbers, args.batch_size, 1.0, "calibration targets"
@@ -1344,7 +1366,8 @@ def main():
 def calibrate_base(args, run, dataset, images, state):
     """The usual run: a base is trained, or taken from the checkpoint `state`, and calibrated."""
     Base = BASES[args.base]
-    features = run.rank0_first(Base.features, args).to(run.device)
+    features = run.rank0_first(Base.features, args)
+    run.place(features)
     torch.manual_seed(args.seed)  # initial weights: the same on every rank
     model = Base(args, features.channels, features.sides).to(run.device)
     if images and not state:
@@ -1521,7 +1544,7 @@ def evaluate(args, run, base, calibration, state, dataset):
         score,
         setting=setting_of(args, base, calibration, state),
         seconds=state["seconds"],
-        paper=papers.numbers("cada", args, RECIPES[args.base]["paper"], dataset.name, run.world),
+        paper=papers.numbers("cada", args, BASES[args.base].recipe["paper"], dataset.name, run.world),
         extra=after_pass,
         described=score.described if isinstance(base, Trained) else None,
         compare={"without calibration": plain.rep} if plain else None,

@@ -508,7 +508,7 @@ def main(method="omniad"):
     runtime.check_normal_score(args, state, ("image_size", "sigma", "score"))
     dataset, images = runtime.training_data(run, args)
     features = run.rank0_first(backbones.Pyramid, args.backbone, args.weights, args.image_size)
-    features.to(run.device)
+    run.place(features)
     check_heads(features.channels, args)
     torch.manual_seed(args.seed)  # initial weights: the same on every rank
     model = OmniAD(features.channels, args).to(run.device)

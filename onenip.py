@@ -15,7 +15,7 @@ features they were made from, and a supervised *refiner* sharpens the error of t
       map S = (1 - α) S_rec + α c M̂, α = 0.5, c: 4. below;   image score: 5. below        (Eq. 10)
 
 Commands
-    python onenip.py                           embedded data, small model, five minutes on two cores:
+    python onenip.py                           embedded data, small model, about five minutes on two cores:
                                                I-AUROC 85.2, P-AUROC 95.1, P-AP 44.3
                                                (untrained: 56.1, 61.6, 4.9)
     python onenip.py --data mvtec              the paper's model and schedule (1,000 epochs: a GPU)
@@ -636,57 +636,67 @@ def draem(image, rng, texture):
     for i in rng.choice(len(TEXTURE_OPS), 3, replace=False):
         texture = TEXTURE_OPS[i](texture, rng)
     cells = 2 ** rng.integers(1, 6, 2)
-    noise = Image.fromarray(perlin(size, cells, rng).astype(np.float32), "F")
+    noise = Image.fromarray(perlin(size, cells, rng), "F")
     noise = noise.rotate(rng.uniform(-5, 5), Image.Resampling.BILINEAR)
     mask = np.asarray(noise) > 0.5
     beta = rng.uniform(0, 0.8)
-    blended = (1 - beta) * texture.astype(np.float32) + beta * image
-    return np.where(mask[..., None], blended.astype(np.uint8), image), mask
+    out = image.copy()
+    out[mask] = (1 - beta) * texture[mask] + beta * image[mask]  # (pixels of the mask, 3)
+    return out, mask
 
 
 def perlin(size, cells, rng):
-    """Perlin noise (size, size), times √2 so that it spans about ±1; `cells` = lattice cells per
-    axis."""
+    """Perlin noise (size, size), float32, times √2 so that it spans about ±1; `cells` = lattice cells
+    per axis.
+
+    At a point it is the mean, with weights 1 - t and t along each axis, of what the four corners of
+    its cell say: the product of a corner's gradient with the offset from there. Weights and offsets
+    are separable: first along x for every row of the lattice, then along y.
+    """
     angle = rng.uniform(0, 2 * math.pi, (cells[0] + 1, cells[1] + 1))
-    gradient = np.stack([np.cos(angle), np.sin(angle)], -1)  # (cells+1, cells+1, 2)
-    y, x = np.arange(size) * cells[0] / size, np.arange(size) * cells[1] / size
-    iy, ix = y.astype(int), x.astype(int)
-    fy, fx = (y - iy)[:, None], (x - ix)[None, :]  # position inside the cell
-
-    def corner(dy, dx):
-        """Dot product of the corner's gradient with the offset from that corner: (size, size)."""
-        g = gradient[iy + dy][:, ix + dx]
-        return g[..., 0] * (fy - dy) + g[..., 1] * (fx - dx)
-
-    ty, tx = _fade(fy), _fade(fx)
-    top = corner(0, 0) * (1 - tx) + corner(0, 1) * tx
-    bottom = corner(1, 0) * (1 - tx) + corner(1, 1) * tx
-    return math.sqrt(2) * (top * (1 - ty) + bottom * ty)
+    gradient_y, gradient_x = math.sqrt(2) * np.cos(angle), math.sqrt(2) * np.sin(angle)
+    i, f, t = _places(size, cells[1])  # each (size,)
+    left, right = 1 - t, t
+    # what the gradients' x and y components give: (rows of the lattice, size)
+    of_x = gradient_x[:, i] * left * f + gradient_x[:, i + 1] * right * (f - 1)
+    of_y = gradient_y[:, i] * left + gradient_y[:, i + 1] * right
+    of_x, of_y = of_x.astype(np.float32), of_y.astype(np.float32)
+    i, f, t = _places(size, cells[0])
+    f, t = f[:, None].astype(np.float32), t[:, None].astype(np.float32)
+    above = of_y[i] * f + of_x[i]  # (size, size)
+    below = of_y[i + 1] * (f - 1) + of_x[i + 1]
+    return above + (below - above) * t
 
 
-def _fade(t):
-    return t * t * t * (t * (t * 6 - 15) + 10)
+def _places(size, cells):
+    """Of each pixel of an axis: its cell, its position in the cell from 0 to 1, and that faded."""
+    x = np.arange(size) * cells / size
+    cell = x.astype(int)
+    f = x - cell
+    return cell, f, f * f * f * (f * (f * 6 - 15) + 10)
 
 
 # The ten changes of a texture: uint8 (S, S, 3), rng -> uint8 (S, S, 3).
 
+LEVELS = np.arange(256, dtype=np.float32)  # of a channel: a change of levels is a table of 256
+
 
 def _gamma(t, rng):
-    table = (np.arange(256)[:, None] / 255) ** rng.uniform(0.5, 2.0, 3) * 255  # (256, 3)
-    channels = [table[t[..., i], i] for i in range(3)]
-    return np.stack(channels, -1).astype(np.uint8)
+    table = (LEVELS[:, None] / 255) ** rng.uniform(0.5, 2.0, 3) * 255  # (256, 3)
+    return _look_up(t, table)
 
 
 def _brightness(t, rng):
     space = ("HSV", "YCbCr", "LAB")[rng.integers(3)]
+    changed = _multiply_add(LEVELS, rng)  # (256,)
     if space == "LAB":
         # Pillow converts to LAB only through colour profiles: take grey as lightness there
-        v = np.asarray(Image.fromarray(t).convert("L")).astype(np.float32)
-        change = _multiply_add(v, rng) - v  # (S, S)
+        v = np.asarray(Image.fromarray(t).convert("L"))
+        change = (changed - LEVELS)[v]  # (S, S)
         return (t + change[..., None]).clip(0, 255).astype(np.uint8)
     channels = np.array(Image.fromarray(t).convert(space))
     light = 2 if space == "HSV" else 0
-    channels[..., light] = _multiply_add(channels[..., light].astype(np.float32), rng)
+    channels[..., light] = changed.astype(np.uint8)[channels[..., light]]
     return np.asarray(Image.fromarray(channels, space).convert("RGB"))
 
 
@@ -697,18 +707,25 @@ def _multiply_add(v, rng):
 
 
 def _hue_saturation(t, rng):
-    hsv = np.array(Image.fromarray(t).convert("HSV")).astype(int)
     hue, saturation = rng.integers(-50, 51, 2)
-    hsv[..., 0] = (hsv[..., 0] + hue) % 256  # a circle
-    hsv[..., 1] = (hsv[..., 1] + saturation).clip(0, 255)
-    return np.asarray(Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB"))
+    tables = (LEVELS + hue) % 256, LEVELS + saturation, LEVELS  # the hue is a circle
+    hsv = np.asarray(Image.fromarray(t).convert("HSV"))
+    changed = _look_up(hsv, np.stack(tables, axis=1).clip(0, 255))
+    return np.asarray(Image.fromarray(changed, "HSV").convert("RGB"))
 
 
 def _solarize(t, rng):
     if rng.random() >= 0.5:
         return t
     threshold = rng.uniform(32, 128)
-    return np.where(t >= threshold, 255 - t, t).astype(np.uint8)
+    table = np.where(LEVELS >= threshold, 255 - LEVELS, LEVELS)
+    return table.astype(np.uint8)[t]
+
+
+def _look_up(t, table):
+    """Each channel by its own table: uint8 (S, S, 3), (256, 3) from 0 to 255 -> uint8 (S, S, 3)."""
+    flat = table.astype(np.uint8).T.ravel().tolist()  # 256 of the first channel, 256 of the next...
+    return np.asarray(Image.fromarray(t).point(flat))
 
 
 def _sharpness(t, rng):
@@ -772,11 +789,14 @@ class Textures:
         grain = perlin(size, cells, rng) + 0.5 * perlin(size, np.minimum(2 * cells, size), rng)
         if rng.random() < 0.5:
             grain = np.sin(grain * rng.uniform(3, 20))
-        low, high = rng.uniform(0, 255, (2, 3))
+        low, high = rng.uniform(0, 255, (2, 3)).astype(np.float32)
         weight = (grain - grain.min()) / (np.ptp(grain) + 1e-9)  # (S, S) in [0, 1]
-        noise = rng.normal(0, rng.uniform(0, 20), (size, size, 1))
-        texture = low + (high - low) * weight[..., None] + noise  # (S, S, 3)
-        return texture.clip(0, 255).astype(np.uint8)
+        noise = rng.uniform(0, 20) * rng.standard_normal((size, size), dtype=np.float32)
+        channels = []
+        for first, last in zip(low, high):
+            channel = weight * (last - first) + (noise + first)  # (S, S)
+            channels.append(channel.clip(0, 255).astype(np.uint8))
+        return np.stack(channels, axis=-1)  # (S, S, 3)
 
 
 def seed_of_prompts(args):
@@ -844,10 +864,23 @@ class Triplets(runtime.Stream):
         """Of training image `index`, all its randomness from (seed, number): uint8 (3, S, S), and
         its mask, bool (S, S)."""
         rng = np.random.default_rng([self.args.seed, 3, number])
-        image = self.images[index].permute(1, 2, 0).numpy()  # (3, S, S) -> (S, S, 3)
+        image = self.images[index].permute(1, 2, 0).contiguous().numpy()  # (3,S,S) -> (S,S,3)
         image, mask = synthesize(image, rng, self.textures)
         image = torch.from_numpy(image).permute(2, 0, 1)  # (S, S, 3) -> (3, S, S)
         return image.contiguous(), torch.from_numpy(mask)
+
+
+class Made(torch.utils.data.Dataset):
+    """The pseudo-anomalies of --bank, by number: uint8 (3, S, S) and their masks, bool (S, S)."""
+
+    def __init__(self, stream, each):
+        self.stream, self.each = stream, each
+
+    def __len__(self):
+        return len(self.stream.cls) * self.each
+
+    def __getitem__(self, number):
+        return self.stream.pseudo_anomaly(number // self.each, number)
 
 
 class Bank:
@@ -857,19 +890,29 @@ class Bank:
     """
 
     def __init__(self, args, run, features, stream):
-        images, masks = [], []
-        count = len(stream.cls) * args.bank
-        for number in run.progress(range(count), "pseudo-anomalies"):
-            image, mask = stream.pseudo_anomaly(number // args.bank, number)
-            images.append(image)
-            masks.append(mask)
-        self.run, self.masks = run, torch.stack(masks)  # (N · bank, S, S)
+        made = Made(stream, args.bank)
+        pictures = len(made), 3, args.image_size, args.image_size
+        need = 4 * math.prod(pictures) // 3  # bytes: a picture has three channels, its mask is one
+        if need > args.memory_share * data.free_memory():
+            raise self.too_large(args)
+        images = torch.empty(pictures, dtype=torch.uint8)
+        self.masks = torch.empty(pictures[:1] + pictures[2:], dtype=torch.bool)  # (N · bank, S, S)
+        firsts = range(0, len(made), 16)
+        batches = [list(range(first, min(first + 16, len(made)))) for first in firsts]
+        loader = run.loader(made, batches, args.workers)
+        parts = zip(batches, run.progress(loader, "pseudo-anomalies", len(batches)))
+        for numbers, (image, mask) in parts:
+            images[numbers], self.masks[numbers] = image, mask
+        self.run = run
         self.frozen = runtime.Frozen(run, features, images, args)
         if self.frozen.needs_images:
-            raise UsageError(
-                f"--bank {args.bank} does not fit into --memory-share {args.memory_share}; "
-                "use --bank 0"
-            )
+            raise self.too_large(args)
+
+    @staticmethod
+    def too_large(args):
+        return UsageError(
+            f"--bank {args.bank} does not fit into --memory-share {args.memory_share}; use --bank 0"
+        )
 
     def __call__(self, batch):
         masks = self.run.to_device(self.masks[batch["index"]])
@@ -1157,8 +1200,10 @@ def main():
     state = run.checkpoint_to_evaluate(args)
     dataset, images = runtime.training_data(run, args)
     check_prompts(args, state, dataset)
+    if dataset and not dataset.test and args.score_scale == "test":
+        raise UsageError("--score-scale test needs test images, and --data has none: give train")
     features = run.rank0_first(Features, args.backbone, args.weights, args.image_size)
-    features.to(run.device)
+    run.place(features)
     torch.manual_seed(args.seed)  # initial weights: the same on every rank
     model = OneNIP(features.channels, features.side, args).to(run.device)
     if images and not state:

@@ -867,7 +867,7 @@ def main(method="roads"):
     class_names = state["classes"] if state else dataset.classes
     check_classes(args, dataset, class_names)
     features = run.rank0_first(backbones.Pyramid, args.backbone, args.weights, args.image_size)
-    features.to(run.device)
+    run.place(features)
     torch.manual_seed(args.seed)  # initial weights: the same on every rank
     model = run.rank0_first(ROADS, features.channels, len(class_names), args).to(run.device)
     if images and not state:

@@ -1,6 +1,7 @@
 """What is the same for all four methods, and teaches nothing about any: data, backbones, metrics, the run, the report.
 
-Dependencies point one way: a script imports `common` and `kernels`; neither of these knows any method.
+Dependencies point one way: a script imports `common` and `kernels`; neither of these knows any method. (papers.py and
+tables.py know the papers' numbers and the scripts' command lines, no more.)
 """
 
 

@@ -94,7 +94,7 @@ class Options:
 
     data: str = option(
         "synth",
-        "synth, mvtec, visa, btad, realiad, several joined with +, or a folder: in MVTec layout, "
+        f"synth, {', '.join(BENCHMARKS)}, several joined with +, or a folder: in MVTec layout, "
         "or of good images only",
         group="data",
     )
@@ -138,7 +138,7 @@ class Options:
     )
     preset: str = option(
         "",
-        "laptop or paper (default: paper for mvtec, visa, btad and realiad, else laptop)",
+        f"laptop or paper (default: paper for {', '.join(BENCHMARKS)}, else laptop)",
         choices=("", "laptop", "paper"),
     )
     out: str = option("", "folder of the run (default: runs/<script>-<data>)")
@@ -158,7 +158,11 @@ class Options:
     )
     seed: int = option(0, "seed of everything random", low=0)
     device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
-    workers: int = option(0, "processes that prepare batches", low=0)
+    workers: str = option(
+        "auto",
+        "processes that prepare batches: a number, or auto: with a GPU, one less than there are "
+        "cores, at most 16, where batches hold pixels; else 0",
+    )
     threads: str = option(
         "auto",
         "CPU threads of PyTorch: a number, or auto: $OMP_NUM_THREADS, else measured at the start",
@@ -175,6 +179,11 @@ class Options:
     )
     log_every: int = option(50, "steps between two lines of log.jsonl", low=1)
     checkpoint_every: int = option(500, "steps between two checkpoints", low=1)
+    compile: bool = option(
+        False,
+        "compile the trained part (torch.compile): the first steps take minutes, jitter and dropout "
+        "draw other noise; needs a C++ compiler",
+    )
 
 
 # ----------------------------------------------------------------------------------- parsing
@@ -497,6 +506,8 @@ def _of_run_to_resume(out, given, Args, method=None):
 
 
 def _check_range(field, value):
+    if field.name == "workers" and value != "auto" and not str(value).isdecimal():
+        raise UsageError(f"--workers {value}: must be auto or a number, 0 or more")
     low, high = field.metadata["low"], field.metadata["high"]
     finite = not isinstance(value, float) or math.isfinite(value)
     too_low = low is not None and value < low

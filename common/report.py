@@ -214,6 +214,8 @@ def _result(run, args, dataset, found, setting, seconds, paper, compare):
         result["compare"] = {name: _three_views(rep) for name, rep in compare.items()}
     result |= {"paper": paper, "images": len(found.rows), "seconds": {"train": round(seconds, 1)},
                "versions": runtime.environment(), "seed": args.seed, "commit": runtime.commit()}
+    if run.speed:  # a model was trained, not only evaluated
+        result["speed"] = run.speed
     if dataset.problems:
         result["problems"] = dataset.problems
     return result

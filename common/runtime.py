@@ -10,7 +10,7 @@ A script uses it in this order:
     run.open(args)                                # output folder, of this run alone; args.json
     ...                                           # train, or load the checkpoint: score, state
     if not dataset.test:                          # a folder of good images only
-        return runtime.set_threshold(run, args, dataset, score, state)
+        return thresholds.without_test_images(run, args, dataset, score, state)
 
 and in its training loop
 
@@ -40,6 +40,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -74,7 +75,10 @@ class Run:
     world: int = 1
     amp: str = "off"
     depths: dict = field(default_factory=dict)  # grey values of each class, see `data.depths`
-    held_out: list = field(default_factory=list)  # good images for common/thresholds.py, not trained on
+    held_out: list = field(default_factory=list)  # good images, not trained on: for the thresholds
+    compile: bool = False
+    speed: dict = field(default_factory=dict)  # see `Training.speed`, by part
+    writing: threading.Thread | None = None  # the last checkpoint's `Writer`
 
     @property
     def is_rank0(self):
@@ -116,7 +120,12 @@ class Run:
         return tensor.to(self.device, non_blocking=True)
 
     def loader(self, dataset, batches, workers):
-        """DataLoader over lists of indices: what is drawn never depends on who draws it."""
+        """DataLoader over lists of indices: what is drawn never depends on who draws it.
+
+        workers: a number of processes, or "auto", see `auto_workers`. Each has up to four batches
+        ready, and with a GPU they lie in pinned memory, from which it fetches them while it computes.
+        """
+        workers = auto_workers(self.device, dataset) if workers == "auto" else int(workers)
         return Loader(
             dataset,
             batch_sampler=batches,
@@ -124,6 +133,7 @@ class Run:
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
+            prefetch_factor=4 if workers else None,
             worker_init_fn=_in_worker,
             timeout=LOADER_SECONDS if workers else 0,
         )
@@ -174,13 +184,26 @@ class Run:
             write_atomic(path, "".join(line + "\n" for line in lines).encode())
 
     def save(self, state, name="checkpoint.pt"):
-        """Write a checkpoint atomically: a crash or a full disk leaves the one before intact."""
-        if self.is_rank0:
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
-            write_atomic(self.out / name, buffer.getbuffer())
+        """Write a checkpoint in a thread, while the training goes on from the state copied here.
+
+        It is written atomically: a crash or a full disk leaves the one before intact. What goes wrong
+        in the thread is raised by the next `save` or by `finish_saving`.
+        """
+        if not self.is_rank0:
+            return
+        self._wait_for_writer()
+        self.writing = Writer(self.out / name, _copied(state))
+
+    def finish_saving(self):
+        """Return when the last checkpoint is on the disk. All ranks must call it."""
+        self._wait_for_writer()
         if self.world > 1:
             dist.barrier()
+
+    def _wait_for_writer(self):
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()  # raises what the thread did
 
     def checkpoint_to_evaluate(self, args):
         """The checkpoint that --eval names, a `Checkpoint`; None without --eval."""
@@ -203,13 +226,26 @@ class Run:
         """(model, parallel): what `parallel` computes has its gradients averaged over the ranks.
 
         With several processes on GPUs the batch norms see all of a step. With one process both are
-        the model itself.
+        the model itself, but that --compile compiles `parallel`: on one GPU into CUDA graphs, where
+        PyTorch finds that it can.
         """
-        if self.world == 1:
-            return model, model
-        if self.device.type == "cuda":
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return model, torch.nn.parallel.DistributedDataParallel(model)
+        parallel = model
+        if self.world > 1:
+            if self.device.type == "cuda":
+                model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            parallel = torch.nn.parallel.DistributedDataParallel(model)
+        if self.compile:
+            graphs = self.device.type == "cuda" and self.world == 1
+            parallel = torch.compile(parallel, mode="reduce-overhead" if graphs else None)
+        return model, parallel
+
+    def place(self, features):
+        """Move a frozen network to the device. With --amp a GPU computes it in bfloat16 as well.
+
+        On a CPU it stays in float32: there it is computed once, at the start.
+        """
+        features.to(self.device)
+        features.backbone.bf16 = self.amp == "bf16" and self.device.type == "cuda"
 
     def gather(self, items):
         """Concatenate every rank's list, in rank order, on all ranks (small objects only)."""
@@ -232,9 +268,51 @@ class Run:
             dist.all_reduce(not_finite, op=dist.ReduceOp.MAX)
         if not not_finite.item():
             return
+        self._wait_for_writer()
         raise UsageError(
             f"the loss became NaN or infinite by step {step}: try a lower --lr or --amp off"
         )
+
+
+class Writer(threading.Thread):
+    """Writes one checkpoint; `result` waits for it. A process that ends waits, too."""
+
+    def __init__(self, path, state):
+        super().__init__()
+        self.path, self.state, self.error = path, state, None
+        self.start()
+
+    def run(self):
+        try:
+            buffer = io.BytesIO()
+            torch.save(self.state, buffer)
+            write_atomic(self.path, buffer.getbuffer())
+        except Exception as error:
+            self.error = error
+
+    def result(self):
+        """Returns when the file is there. Raises what went wrong."""
+        self.join()
+        if self.error is not None:
+            raise self.error
+
+
+def wait_for_writers():
+    """Return when no checkpoint is being written, whether that works or not."""
+    for thread in threading.enumerate():
+        if isinstance(thread, Writer):
+            thread.join()
+
+
+def _copied(state):
+    """A checkpoint's dictionaries, lists and tensors, copied to the CPU; all else as it is."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_copied(value) for value in state]
+    return state
 
 
 # A batch takes seconds even of huge images on a busy machine; who waits longer waits in vain.
@@ -268,8 +346,8 @@ class Loader(torch.utils.data.DataLoader):
 
 
 def _in_worker(_):
-    """Prepare a process of a `Loader`: Ctrl-C is the main process's business, as are all errors, which
-    it gets sent. (What is left are connections that break when it ends early.)"""
+    """Prepare a process of a `Loader`: Ctrl-C is the main process's business, as are all errors,
+    which it gets sent. (What is left are connections that break when it ends early.)"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = _in_silence
     ForkingPickler.register(torch.Tensor, _reduced)
@@ -321,12 +399,15 @@ def start(args, method):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # TF32, in which convolutions are computed anyway
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     amp = args.amp
     if amp == "auto":
         amp = "bf16" if _has_bf16(device) else "off"
-    run = Run(method, Path(args.out), device, rank, world, amp)
+    if args.compile:
+        _check_compiler()
+    run = Run(method, Path(args.out), device, rank, world, amp, args.compile)
     if run.is_rank0:
         folder.refuse(run.out, args)
     args.threads = str(_set_threads(args.threads, device))
@@ -396,6 +477,15 @@ def _device(args):
             "--kernels triton: Triton kernels need a CUDA device; use --kernels auto, or torch"
         )
     return torch.device("cpu")
+
+
+def _check_compiler():
+    known = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
+    if not any(map(shutil.which, known)):
+        raise UsageError(
+            "--compile: PyTorch needs a C++ compiler, and there is none ($CXX, g++, clang++); install "
+            "one, or leave --compile out"
+        )
 
 
 def _has_bf16(device):
@@ -553,11 +643,32 @@ class Training:
         """
         batch_size = batch_size or self.args.batch_size
         self.steps, self.images_per_step = steps, batch_size * self.run.world
-        self.first, self.loop_clock = self.done, Stopwatch()
+        self.first, self.waited, self.loop_clock = self.done, 0.0, Stopwatch()
+        if self.run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.run.device)
         indices = self.run.batch_indices(self.first, steps, batch_size)
         loader = self.run.loader(dataset, indices, self.args.workers)
-        bar = self.run.progress(loader, title, steps, self.first)
-        yield from enumerate(bar, self.first)
+        asked = time.monotonic()
+        for step, batch in enumerate(self.run.progress(loader, title, steps, self.first), self.first):
+            self.waited += time.monotonic() - asked
+            yield step, batch
+            asked = time.monotonic()
+
+    def speed(self):
+        """What limits this session's steps, for log.jsonl and metrics.json.
+
+        Returns {"images_per_s": of all ranks together, "data_wait": share of the time in which the
+        loop waited for its next batch, 0 to 1; on a GPU also "peak_gpu_gib": GiB of this process's
+        tensors at most}.
+        """
+        seconds = self.loop_clock()
+        images = (self.done - self.first) * self.images_per_step
+        found = {"images_per_s": round(images / seconds, 1)}
+        found["data_wait"] = round(self.waited / seconds, 3)
+        if self.run.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.run.device)
+            found["peak_gpu_gib"] = round(peak / 2**30, 2)
+        return found
 
     def set_rate(self, step):
         """Set the learning rate of `step`, of every parameter group in proportion to its own."""
@@ -590,11 +701,11 @@ class Training:
             self.run.save(self.state())
 
     def _log(self, done, loss, parts):
-        images = (self.done - self.first) * self.images_per_step
         losses = self.run.mean({"loss": loss, **parts})
         rate = self.optimizer.param_groups[0]["lr"]
-        speed = round(images / self.loop_clock(), 1)
-        self.run.log({"step": done, **self.log_as, **losses, "lr": rate, "images_per_s": speed})
+        speed = self.speed()
+        self.run.speed[self.part] = speed  # the last step has a line
+        self.run.log({"step": done, **self.log_as, **losses, "lr": rate, **speed})
 
     def state(self, **more):
         """The checkpoint at this point of the training."""
@@ -617,28 +728,33 @@ class Training:
         finished = [*self.contents["finished"], self.part]
         state = self.state(finished=finished, **more)
         self.run.save(state)
+        self.run.finish_saving()
         return state
+
+
+FROZEN_BATCH = 32  # images whose features are computed at once, whatever the batch of a step is
 
 
 class Frozen:
     """What a frozen network makes of the training images, by batches.
 
-    It is computed once and kept in host memory where --memory-share allows, else computed from the
-    images at every step.
+    It is computed once and kept where there is room for it (see `precompute`), else computed from
+    the images at every step. Without a GPU that is the host's memory. With one it is the GPU's own,
+    else pinned host memory, from which the rows of a step are fetched while the step before computes.
 
     Args:
-        features: the network. forward: uint8 (B, 3, S, S) -> rows (B, ...); split: rows -> what the
-            model takes.
+        features: the network. forward: uint8 (B, 3, S, S) -> rows (B, ...); split: rows, as float32,
+            -> what the model takes.
         images: indexable, images[i] -> uint8 (3, S, S).
         title: of the progress bar.
     Attributes:
-        rows: (N, ...) in host memory, or None.
+        rows: (N, ...), or None.
     """
 
     def __init__(self, run, features, images, args, title="frozen features"):
         self.run, self.features = run, features
         share = args.memory_share
-        self.rows = precompute(run, features, images, args.batch_size, share, title)
+        self.rows = precompute(run, features, images, FROZEN_BATCH, share, title, near=True)
 
     @property
     def needs_images(self):
@@ -648,41 +764,148 @@ class Frozen:
     def __call__(self, batch):
         """{"index": (B,)} and, if `needs_images`, {"image": uint8 (B, 3, S, S)} -> features.split's
         result, on the device."""
-        if self.rows is not None:
-            rows = self.run.to_device(self.rows[batch["index"]])
-        else:
+        if self.rows is None:
             rows = self.features(self.run.to_device(batch["image"]))
-        return self.features.split(rows)
+        elif self.rows.device == self.run.device:
+            rows = self.rows[self.run.to_device(batch["index"])]
+        else:
+            rows = self._fetch(batch["index"])
+        return self.features.split(rows.float())
+
+    def _fetch(self, index):
+        """Rows (B, ...) from pinned memory. Nothing waits: the copies are queued behind the step
+        before, and what they read never changes."""
+        shape = len(index), *self.rows.shape[1:]
+        fetched = torch.empty(shape, dtype=self.rows.dtype, device=self.run.device)
+        for place, i in enumerate(index.tolist()):
+            fetched[place].copy_(self.rows[i], non_blocking=True)
+        return fetched
 
 
-def precompute(run, function, images, batch_size, memory_share, desc="frozen features"):
+def precompute(
+    run, function, images, batch_size, memory_share, desc="frozen features", near=False
+):
     """function(batch) of every image, computed once.
+
+    Several processes share the batches out and send one another what they computed, so that each
+    has all of it, with the bits that one process would have.
 
     Args:
         function: (B, 3, S, S) uint8 on the device -> (B, ...) tensor; deterministic.
         images: indexable, images[i] -> (3, S, S) uint8.
+        batch_size: the same on all ranks.
         memory_share: of the free memory; results that would take more are not kept.
+        near: keep them in the GPU's memory if they fit into this share of what is free there, else in
+            pinned memory if that pays (see `worth_moving`).
     Returns:
-        (N, ...) tensor in host memory, or None when it would not fit.
+        (N, ...) tensor, or None when it is not kept.
     """
-    result = None
-    for first in run.progress(range(0, len(images), batch_size), desc):
-        last = min(first + batch_size, len(images))
-        batch = torch.stack([images[i] for i in range(first, last)])
-        values = function(batch.to(run.device)).cpu()
-        if result is None:
-            need = len(images) * values[0].numel() * values.element_size() * run.world
-            if need > memory_share * data.free_memory():
-                return None
-            result = torch.empty(len(images), *values.shape[1:], dtype=values.dtype)
-        result[first:last] = values
+    firsts = range(0, len(images), batch_size)
+    batches = [list(range(first, min(first + batch_size, len(images)))) for first in firsts]
+    # rank 0 has batches 1, 1 + world, ..., rank 1 the next ones; number 0 is everybody's, to see
+    # how much there will be
+    own = [batches[0], *batches[1 + run.rank :: run.world]]
+    undecoded = isinstance(images, data.Images) and not images.cached
+    drawn = iter(run.loader(images, own, "auto" if undecoded else 0))
+    batch = next(drawn)
+    values = function(run.to_device(batch))  # (B, ...)
+    home = _home(run, function, batch, values, images, memory_share, near)
+    if home is None:
+        return None
+    pinned = near and home != run.device
+    shape = len(images), *values.shape[1:]
+    result = torch.empty(shape, dtype=values.dtype, device=home, pin_memory=pinned)
+    result[: len(values)] = values
+    for first in run.progress(range(1, len(batches), run.world), desc):
+        share = batches[first : first + run.world]  # a batch for each rank, fewer at the end
+        if run.rank < len(share):
+            computed = function(run.to_device(next(drawn))).contiguous()
+        for rank, indices in enumerate(share):
+            values = computed if rank == run.rank else None
+            if values is None:
+                shape = len(indices), *result.shape[1:]
+                values = torch.empty(shape, dtype=result.dtype, device=run.device)
+            if run.world > 1:
+                dist.broadcast(values, rank)
+            result[indices[0] : indices[-1] + 1] = values
     return result
+
+
+def _home(run, function, batch, values, images, memory_share, near):
+    """Where the results of `precompute` are kept: a device, the same on all ranks; None: nowhere.
+
+    values: those of `batch`, the first one.
+    """
+    need = len(images) * values[0].numel() * values.element_size()  # bytes
+    places = [None, torch.device("cpu"), run.device]
+    on_gpu = near and run.device.type == "cuda"
+    choice = 0
+    if on_gpu and need <= memory_share * torch.cuda.mem_get_info(run.device)[0]:
+        choice = 2
+    elif not on_gpu or worth_moving(function, run.to_device(batch[:1]), values[:1], images):
+        if on_gpu:
+            need = 2 ** math.ceil(math.log2(need))  # as PyTorch pins memory
+        need *= int(os.environ.get("LOCAL_WORLD_SIZE", run.world))  # each process keeps all
+        choice = int(need <= memory_share * data.free_memory())
+    if run.world > 1:
+        choice = torch.tensor(choice, device=run.device)
+        dist.all_reduce(choice, op=dist.ReduceOp.MIN)
+        choice = choice.item()
+    return places[choice]
+
+
+# A GPU computes a frozen network at some 60 TFLOP/s, and fetches from pinned memory at some 20 GB/s.
+OPERATIONS_PER_BYTE = 3000
+
+
+def worth_moving(function, image, row, images):
+    """Whether it is better to fetch a row (1, ...) from pinned memory at every step than to compute it
+    from its image (1, 3, S, S) again, which must be fetched as well.
+
+    It is if that saves at least OPERATIONS_PER_BYTE operations (a multiply-add is two) for each byte
+    that the row is longer than the image; and always if the image would have to be decoded.
+    """
+    if isinstance(images, data.Images) and not images.cached:
+        return True
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        function(image)
+    longer = row.numel() * row.element_size() - image.numel() * image.element_size()
+    return counter.get_total_flops() >= OPERATIONS_PER_BYTE * longer
 
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed, epoch, n):
     """Every training image once an epoch, in random order."""
     return np.random.default_rng([seed, 1, epoch]).permutation(n)
+
+
+MOST_WORKERS = 16  # more do not help: docs/gpu.md
+
+
+def auto_workers(device, dataset):
+    """How many processes should prepare batches for this device: what --workers auto means.
+
+    A GPU must not wait for pixels, so every core of this process's share but one prepares them; on a
+    CPU the cores have the model to compute. Numbers of images alone need no process.
+    """
+    if device.type != "cuda":
+        return 0
+    if isinstance(dataset, Stream) and not _holds_pixels(dataset[0]):
+        return 0
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    own = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(own - 1, MOST_WORKERS))
+
+
+def _holds_pixels(sample):
+    """Whether a sample of a `Stream`, a dictionary of such, has a tensor somewhere in it."""
+    if isinstance(sample, dict):
+        return any(_holds_pixels(value) for value in sample.values())
+    return isinstance(sample, torch.Tensor)
 
 
 class Stream(torch.utils.data.Dataset):
@@ -874,7 +1097,10 @@ def launch(main):
     if signal.getsignal(signal.SIGINT) is options.interrupted_early:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        main()
+        try:
+            main()
+        finally:
+            wait_for_writers()  # what is kept is looked up below
         return
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the second one would interrupt the message
@@ -899,12 +1125,22 @@ def launch(main):
     sys.exit(status)
 
 
+def _lost_a_process(error):
+    """Whether an error is what the processes of a run get when one of them is gone."""
+    if isinstance(error, dist.DistError):  # NCCL's
+        return True
+    signs = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting"
+    return dist.is_initialized() and any(sign in str(error) for sign in signs)
+
+
 def _message_of(error):
     """What to tell the user who can mend it; None if the fault is ours."""
     if isinstance(error, UsageError):
         # one from inside a loader process arrives with its traceback as text: the message is its
         # last line
         return str(error).strip().split("\n")[-1].removeprefix("common.UsageError: ")
+    if _lost_a_process(error):
+        return "another process of this run has ended"
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU ran out of memory: lower --batch-size or --image-size"
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):

@@ -85,6 +85,7 @@ def metrics_of():
     def read(folder):
         result = json.loads((Path(folder) / "metrics.json").read_text())
         result.pop("seconds")
+        result.pop("speed", None)
         return result
 
     return read

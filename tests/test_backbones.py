@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common import UsageError, backbones
+from common import UsageError, backbones, data
 
 ROOT = Path(__file__).resolve().parent.parent
 RESNETS = {  # blocks per layer, convolutions per block
@@ -448,3 +448,19 @@ def test_lite0_input_normalisation():
     alive = net._bn0.running_var > 1e-4
     ratio = (stem.var((0, 2, 3)) / net._bn0.running_var)[alive].median()
     assert 0.5 < ratio < 2
+
+
+def test_pyramid_gives_the_maps_back_in_the_layout_of_the_device():
+    """Rows of either layout give the backbone's maps back, exactly; on a CPU each map of an image is contiguous."""
+    pyramid = backbones.Pyramid("resnet18", "random", 64)
+    assert pyramid.channels_last(torch.device("cuda"))
+    images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    own = pyramid.backbone(data.normalize(images).contiguous(memory_format=torch.channels_last))
+    for last in False, True:
+        pyramid.channels_last = lambda device, last=last: last
+        rows = pyramid(images)
+        for f, expected in zip(pyramid.split(rows), own):
+            assert torch.equal(f, expected)
+            assert f[0].is_contiguous() != last
+    del pyramid.channels_last  # the class's own again
+    assert all(f[0].is_contiguous() for f in pyramid.maps(images))

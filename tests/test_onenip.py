@@ -355,6 +355,73 @@ def test_pseudo_anomalies_are_half_cutpaste_and_half_draem(monkeypatch):
     assert count["patch"] == pytest.approx(1000, abs=120)
 
 
+def literal_perlin(size, cells, rng):
+    """Perlin noise pixel by pixel, corner by corner."""
+    angle = rng.uniform(0, 2 * np.pi, (cells[0] + 1, cells[1] + 1))
+    noise = np.zeros((size, size))
+    for y, x in np.ndindex(size, size):
+        at_y, at_x = y * cells[0] / size, x * cells[1] / size
+        for i in (int(at_y), int(at_y) + 1):
+            for j in (int(at_x), int(at_x) + 1):
+                dy, dx = at_y - i, at_x - j
+                weight = np.prod([1 - (6 * d**5 - 15 * d**4 + 10 * d**3) for d in (abs(dy), abs(dx))])
+                noise[y, x] += weight * (np.cos(angle[i, j]) * dy + np.sin(angle[i, j]) * dx)
+    return np.sqrt(2) * noise
+
+
+@pytest.mark.parametrize("cells", [(1, 4), (8, 2), (16, 32)])
+def test_perlin_noise_is_what_its_definition_gives(cells):
+    """The separable form against the definition, with the same draws."""
+    given = onenip.perlin(32, cells, np.random.default_rng(7))
+    assert given.dtype == np.float32
+    np.testing.assert_allclose(given, literal_perlin(32, cells, np.random.default_rng(7)), atol=1e-6)
+
+
+def literal_changes(t, rng_of):
+    """Four of the changes of a texture, computed pixel by pixel in place of tables: {name: result}."""
+    rng = rng_of()
+    gamma = (t / 255) ** rng.uniform(0.5, 2.0, 3) * 255
+    rng = rng_of()
+    hsv, (hue, saturation) = np.array(Image.fromarray(t).convert("HSV")).astype(int), rng.integers(-50, 51, 2)
+    hsv[..., 0] = (hsv[..., 0] + hue) % 256
+    hsv[..., 1] = (hsv[..., 1] + saturation).clip(0, 255)
+    rng = rng_of()
+    solarized = t if rng.random() >= 0.5 else np.where(t >= rng.uniform(32, 128), 255 - t.astype(int), t)
+    return {
+        "_gamma": gamma.astype(np.uint8),
+        "_hue_saturation": np.asarray(Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB")),
+        "_solarize": solarized,
+    }
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_changes_of_levels_are_those_of_every_pixel(seed):
+    """Tables of 256 levels give what the formula gives pixel by pixel (the gamma within one level: float32)."""
+    texture = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+
+    def rng_of():
+        return np.random.default_rng(seed)
+
+    for name, expected in literal_changes(texture, rng_of).items():
+        given = getattr(onenip, name)(texture, rng_of())
+        assert given.dtype == np.uint8
+        assert np.abs(given.astype(int) - expected).max() <= (name == "_gamma"), name
+
+
+def test_drawn_textures_have_the_colours_and_the_noise_that_were_drawn():
+    """Two colours for all pixels and white noise of the drawn strength: where the grain is smooth, neighbours differ by
+    the noise; over many textures its strength is uniform up to 20, as are the colours from 0 to 255."""
+    draw = onenip.Textures("", 64).drawn
+    strengths, means = [], []
+    for seed in range(120):
+        texture = draw(np.random.default_rng(seed)).astype(float)
+        second = texture[:, 2:] - 2 * texture[:, 1:-1] + texture[:, :-2]
+        strengths.append(np.median(np.abs(second)) / 0.6745 / 6**0.5)
+        means.append(texture.mean((0, 1)))
+    assert np.array(means).mean() == pytest.approx(127.5, abs=15)
+    assert np.quantile(strengths, 0.1) < 8 and 8 < np.median(strengths) < 22
+
+
 def test_perlin_noise():
     """Zero at the lattice points, within ±1 after the factor √2, smooth from pixel to pixel; and the mean area of
     DRAEM's masks is the measured 5 % (facts sheet: 5.2 %)."""
@@ -784,6 +851,7 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
     (bad / "text").mkdir()
     (bad / "text" / "photo.png").write_text("no picture")
     cases = [
+        (("--data", tiny_data / "screw" / "train", "--score-scale", "test"), "--score-scale"),
         (("--data", bad / "nowhere"), "nowhere"),
         (("--data", "mvtec", "--data-root", bad), "mvtec"),
         (("--data", bad / "empty"), "empty"),
@@ -838,3 +906,31 @@ def test_real_classes(real_data, tmp_path, command, metrics_of):
                    "--steps", 80, "--image-size", 128)
     assert done.status == 0, done.err
     assert metrics_of(tmp_path / "run")["mean"]["p_auroc"] > 0.7
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_the_bank_is_what_one_process_makes_one_by_one(workers, tiny_data, tmp_path):
+    """Whoever makes them: picture by picture those of `pseudo_anomaly`. What does not fit is refused before any is
+    made."""
+    dataset = onenip.data.load(str(tiny_data), None, ["screw"])
+    args = onenip.Args(bank=3, image_size=64, workers=workers)
+    images = onenip.data.Images(dataset.train, 64)
+    stream = onenip.Triplets(images, args, {"screw": 0}, 2, False)
+    run = onenip.runtime.Run("onenip", tmp_path, torch.device("cpu"))
+
+    class Pixels:
+        def __call__(self, pictures):
+            return pictures.float()
+
+        def split(self, rows):
+            return rows
+
+    bank = onenip.Bank(args, run, Pixels(), stream)
+    numbers = torch.tensor([17, 0, 4])
+    pictures, masks = bank({"index": numbers})
+    for k, picture, mask in zip(numbers.tolist(), pictures, masks):
+        expected, expected_mask = stream.pseudo_anomaly(k // 3, k)
+        assert torch.equal(picture, expected.float()) and torch.equal(mask, expected_mask.float())
+    args.memory_share = 0.0
+    with pytest.raises(UsageError, match="--bank 3 does not fit"):
+        onenip.Bank(args, run, None, stream)

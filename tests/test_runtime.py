@@ -5,11 +5,13 @@ import errno
 import json
 import os
 import sys
+import threading
+import time
 
 import pytest
 import torch
 
-from common import UsageError, runtime
+from common import UsageError, backbones, runtime
 from common.runtime import option
 
 
@@ -47,6 +49,7 @@ def test_preset_follows_the_data_and_a_given_option_wins():
 @pytest.mark.parametrize("words, named", [
     (["--widht", "3"], "--widht"), (["--width", "three"], "--width"), (["--width", "0"], "--width"),
     (["--rate", "nan"], "--rate"), (["--rate", "1.5"], "--rate"), (["--device", "tpu"], "--device"),
+    (["--workers", "many"], "--workers"), (["--workers", "-1"], "--workers"),
     (["--predict", "x.png"], "--eval"), (["--resume", "--overwrite"], "--resume"), (["--wid", "3"], "--wid"),
     (["--corrupt", "fog"], "fog"),
     (["--shift", "all", "--corrupt", "contrast"], "--shift")])
@@ -256,6 +259,26 @@ class Loop:
         return self.job.finish(more=1)
 
 
+def test_the_log_says_what_the_loop_waits_for(tmp_path):
+    """A step of 10 ms whose batch takes 30 ms waits for data three quarters of the time; metrics.json gets the last
+    line's figures."""
+    loop = Loop(tmp_path, "--log-every", "4", "--memory-share", "0", "--workers", "0")
+
+    class Slow(runtime.Stream):
+        def __getitem__(self, k):
+            time.sleep(0.015)
+            return {"index": 0}
+
+    for step, _ in loop.job.batches(Slow(loop.images, 0, 2, False), 8):
+        time.sleep(0.01)
+        loop.job.set_rate(step)
+        loop.job.record(loop.model.weight.sum(), {})
+    last = lines_of(tmp_path)[-1]
+    assert 0.5 < last["data_wait"] < 0.9  # a busy machine stretches both parts
+    assert 0 < last["images_per_s"] < 2 / 0.04 and "peak_gpu_gib" not in last
+    assert loop.run.speed["model"].items() <= last.items()
+
+
 class Means:
     """A frozen network: the mean of an image."""
 
@@ -299,8 +322,10 @@ def test_a_resumed_training_is_the_uninterrupted_one(fails_at, tmp_path):
     each line once. A finished training is not begun again."""
     words = ("--log-every", "1", "--checkpoint-every", "3")
     whole = Loop(tmp_path / "whole", *words).train(13)
+    parts = Loop(tmp_path / "parts", *words)
     with pytest.raises(KeyboardInterrupt):
-        Loop(tmp_path / "parts", *words).train(13, fails_at=fails_at)
+        parts.train(13, fails_at=fails_at)
+    parts.run.finish_saving()  # as a process does before it ends
     loop = Loop(tmp_path / "parts", "--resume")
     assert bool(loop.job.resumed) == (fails_at >= 2) and not loop.job.finished
     state = loop.train(13)
@@ -370,7 +395,7 @@ def test_resume_takes_the_options_of_the_run_in_the_folder(tmp_path):
     assert resume().rate == 0.25
     with pytest.raises(UsageError, match="--rate 0.25, not 0.75"):
         resume("--rate", "0.75")
-    assert resume("--workers", "3", "--threads", "2").workers == 3
+    assert resume("--workers", "3", "--threads", "2").workers == "3"
     saved = json.loads((out / "args.json").read_text())
     for changes, said in (({"method": "roads"}, "a run of roads.py, not of method.py"),
                           ({"eval": "c.pt"}, "evaluation of c.pt")):
@@ -394,3 +419,144 @@ def test_learning_rate():
     curve = [runtime.lr_factor(s, 100, "cosine") for s in range(100)]
     assert max(curve) == curve[4] == 1.0 and curve[0] == 0.2 and curve[99] < 0.01
     assert curve[4:] == sorted(curve[4:], reverse=True)
+
+
+@pytest.mark.parametrize("needs_images, cores, ranks, expected", [
+    (True, 8, 1, 7), (True, 64, 1, 16), (True, 1, 1, 1), (True, 64, 8, 7), (False, 64, 1, 0)])
+def test_auto_workers_feed_a_gpu(needs_images, cores, ranks, expected, monkeypatch):
+    """All cores but one of a process's share prepare pixels, 16 at most; for numbers of images no process is started,
+    and none on a CPU, whose cores train."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    stream = runtime.Stream([torch.zeros(3, 2, 2, dtype=torch.uint8)] * 5, 0, 2, needs_images)
+    assert runtime.auto_workers(torch.device("cuda"), stream) == expected
+    of_pixels = max(1, min(cores // ranks - 1, 16))
+    assert runtime.auto_workers(torch.device("cuda"), ["test images"]) == of_pixels
+    assert runtime.auto_workers(torch.device("cpu"), stream) == 0
+
+
+@pytest.mark.parametrize("workers", ["auto", "0", "2"])
+def test_batches_do_not_depend_on_who_draws_them(workers, tmp_path):
+    """Any number of processes gives the same samples in the same order."""
+    run = make_run(tmp_path)
+    images = [torch.full((3, 2, 2), i, dtype=torch.uint8) for i in range(5)]
+    loader = run.loader(runtime.Stream(images, 0, 2, True), run.batch_indices(0, 6, 2), workers)
+    alone = runtime.Stream(images, 0, 2, True)
+    for step, batch in enumerate(loader):
+        assert batch["index"].tolist() == [alone.index(2 * step), alone.index(2 * step + 1)]
+        assert batch["image"][:, 0, 0, 0].tolist() == batch["index"].tolist()
+
+
+def test_rows_are_moved_where_that_costs_less_than_computing_them():
+    """A convolution of known cost: 2 * 9 * 3 * 16 * 30 * 30 operations give 57,600 bytes of float32
+    for 3,072 of pixels, 14 operations a byte. A row that is shorter than its image is always moved,
+    and where the image would have to be decoded any row is."""
+    image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+
+    def wide(x):
+        return torch.conv2d(x.float(), torch.zeros(16, 3, 3, 3))
+
+    def small(x):
+        return wide(x).mean((2, 3))
+
+    ratio_here = 2 * 9 * 3 * 16 * 30 * 30 / (57_600 - 3_072)
+    for ratio, expected in (ratio_here + 1, False), (ratio_here - 1, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runtime, "OPERATIONS_PER_BYTE", ratio)
+            assert runtime.worth_moving(wide, image, wide(image), [image[0]]) == expected
+    assert runtime.worth_moving(small, image, small(image), [image[0]])
+    undecoded = runtime.data.Images([], 32)
+    assert runtime.worth_moving(wide, image, wide(image), undecoded)
+
+
+def test_rows_fetched_one_by_one_are_the_batch(tmp_path):
+    """How a GPU gets its rows from pinned memory, here from plain memory: those of the index, in its order; bfloat16
+    rows are handed out in float32."""
+    loop = Loop(tmp_path)
+    frozen = runtime.Frozen(loop.run, Means(), loop.images, loop.args)
+    assert frozen._fetch(torch.tensor([3, 0, 3]))[:, 0].tolist() == [3, 0, 3]
+    frozen.rows = frozen.rows.bfloat16()
+    given = frozen({"index": torch.tensor([4, 1])})
+    assert given.dtype == torch.float32 and given[:, 0].tolist() == [4, 1]
+
+
+@pytest.mark.skipif(not any(map(runtime.shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
+def test_compiled_training_computes_the_same(tmp_path):
+    """--compile: outputs and gradients of a small network within float error; the weights are the model's own, under
+    their own names."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.GELU(), torch.nn.Linear(5, 2))
+    model, parallel = make_run(tmp_path, compile=True).wrap(network)
+    assert parallel is not model and model is network
+    parallel.train()
+    found = []
+    for function in model, parallel:
+        model.zero_grad()
+        out = function(torch.linspace(-1, 1, 24).reshape(4, 6))
+        out.square().sum().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+    for expected, given in zip(*found):
+        torch.testing.assert_close(given, expected)
+
+
+def test_compile_without_a_compiler_is_refused(tmp_path, monkeypatch):
+    """Before anything is computed, in one line."""
+    monkeypatch.setattr(runtime.shutil, "which", lambda _: None)
+    with pytest.raises(UsageError, match="--compile: PyTorch needs a C.. compiler"):
+        runtime.start(parse("--compile", "--out", str(tmp_path / "run")), "method")
+
+
+def test_a_gpu_computes_frozen_networks_in_bf16_with_amp():
+    """What `Run.place` asks for on a GPU, here on the CPU: bfloat16 outputs near the float32 ones, whose maps
+    `Pyramid.maps` gives in float32; on a CPU it asks for nothing."""
+    torch.manual_seed(0)
+    pyramid = backbones.Pyramid("resnet18", "random", 64)
+    images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    exact = pyramid.maps(images)
+    make_run(None, amp="bf16").place(pyramid)
+    assert not pyramid.backbone.bf16
+    pyramid.backbone.bf16 = True
+    assert pyramid(images).dtype == torch.bfloat16
+    for rounded, f in zip(pyramid.maps(images), exact):
+        assert rounded.dtype == torch.float32
+        assert 0 < (rounded - f).norm() < 0.02 * f.norm()
+
+
+def test_a_checkpoint_is_written_beside_the_training(tmp_path, monkeypatch):
+    """The file holds the state of its step though the training has changed the weights meanwhile; the next one waits
+    for it."""
+    run, weight = make_run(tmp_path), torch.zeros(3)
+    state = {"method": "method", "args": {}, "model": {"w": weight}, "finished": [], "list": [weight]}
+    go_on = threading.Event()
+    write = runtime.write_atomic
+    monkeypatch.setattr(runtime, "write_atomic", lambda *what: (go_on.wait(), write(*what)))
+    run.save(state)
+    assert not (tmp_path / "checkpoint.pt").exists(), "it waits, and `save` has returned"
+    weight += 1
+    go_on.set()
+    run.finish_saving()
+    kept = runtime.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert kept["model"]["w"].tolist() == kept["list"][0].tolist() == [0, 0, 0]
+    run.save(state)
+    run.save(state)
+    run.finish_saving()
+    assert runtime.load_checkpoint(tmp_path / "checkpoint.pt")["model"]["w"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("then", ["save", "finish_saving"])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_later(then, tmp_path, monkeypatch):
+    """A full disk shows at the next checkpoint or at the end; the checkpoint before is whole."""
+    run, state = make_run(tmp_path), {"method": "method", "args": {}, "model": {}, "finished": []}
+    run.save(state)
+    run.finish_saving()
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    run.save({**state, "step": 3})
+    with pytest.raises(OSError, match="No space left"):
+        run.save(state) if then == "save" else run.finish_saving()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
