@@ -69,7 +69,7 @@ def test_hero(finished, capsys, tmp_path):
     """Four methods and the truth, a column for each class; what is missed is said."""
     folders = [str(finished(method)) for method in WORDS]
     assert figures.main(["hero", *folders, "--out", str(tmp_path / "hero.png")]) == 0
-    assert "outside the defect (red frame): " in capsys.readouterr().out
+    assert "not at the defect (red frame): " in capsys.readouterr().out
     width, height = Image.open(tmp_path / "hero.png").size
     assert width > 2 * figures.PANEL and height > 6 * figures.PANEL
 
@@ -96,3 +96,15 @@ def test_bad_input(finished, tmp_path, capsys):
         assert figures.main(words) == 2
         error = capsys.readouterr().err
         assert named in error and error.count("\n") == 1
+
+
+def test_what_is_a_miss():
+    """The highest pixel in the defect or close to it is a hit; elsewhere the panel gets a red frame."""
+    mask = np.zeros((1, 40, 40), bool)
+    mask[0, 10:13, 10:13] = True
+    for place, right in (((11, 11), True), ((14, 11), True), ((16, 11), False)):
+        maps = np.zeros((1, 40, 40))
+        maps[0][place] = 1.0
+        array, hit = figures.map_of({"paths": np.array(["a"]), "maps": maps, "masks": mask}, "a")
+        assert hit is right
+        assert (array[0, 0].tolist() == [255, 40, 40]) is not right
