@@ -245,6 +245,11 @@ def test_a_result_for_some_seeds_says_so(desk):
     assert lines_of(done.out, "Omni-AD")[0][:2] == ["ours, synth, 1 of 2 seeds", "60.0"]
 
 
+def heeds_ctrl_c():
+    """A shell starts what it runs in the background so that it ignores Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def interrupt(desk, words, signal_number):
     """`python -m common.tables WORDS` in a process of its own, which gets the signal when a script
     has written its first checkpoint. Returns its exit status and what it wrote on stderr."""
@@ -253,7 +258,7 @@ def interrupt(desk, words, signal_number):
             "sys.exit(tables.launch())")
     process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE,
                                stdout=subprocess.DEVNULL, text=True,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+                               env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=heeds_ctrl_c)
     while not (desk.scripts / "pid.txt").is_file():
         assert process.poll() is None
         time.sleep(0.01)
