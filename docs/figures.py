@@ -49,7 +49,8 @@ from kernels.cross_attention import neighbours
 ROOT = Path(__file__).resolve().parent.parent  # of the scripts
 PANEL, GAP, TEXT = 224, 6, 22  # pixels: side of a panel, between two, height of the letters
 IMAGES = 4  # rows of a picture
-SHOWN = 5  # tokens of a picture, checkpoints of a strip
+SHOWN = 5  # tokens of a picture
+FRAMES = 6  # checkpoints of a strip
 COLOURS = (  # told apart without seeing red or green
     (230, 159, 0),
     (0, 114, 178),
@@ -83,7 +84,8 @@ def ready(checkpoint, out):
     Raises:
         UsageError: there is no such checkpoint, or it is one that the script does not evaluate.
     """
-    method = runtime.load_checkpoint(checkpoint)["method"]
+    state = runtime.load_checkpoint(checkpoint)
+    method = state["method"]
     script = importlib.import_module(method)
 
     def stop(run, args, dataset, score, **more):
@@ -91,7 +93,7 @@ def ready(checkpoint, out):
         raise Ready(Found(args, dataset, scorer))
 
     words = [f"{method}.py", "--eval", str(checkpoint), "--out", str(out), "--overwrite"]
-    words += ["--device", "cpu", "--amp", "off"]
+    words += ["--device", "cpu", "--amp", "off", "--data-root", state["args"]["data_root"]]
     with patch.object(sys, "argv", words), redirect_stdout(io.StringIO()):
         with patch.object(report, "evaluate", stop), patch.object(report, "measure", stop):
             try:
@@ -397,7 +399,10 @@ def choose(folder, found, classes):
     if unknown:
         known = ", ".join(found.dataset.classes)
         raise UsageError(f"--classes {unknown[0]}: the run has {known}")
-    return Chosen(found, typical_defects(folder, found.dataset, names))
+    samples = typical_defects(folder, found.dataset, names)
+    if not samples:
+        raise UsageError(f"{folder}: its scores.csv names no defective image of {', '.join(names)}")
+    return Chosen(found, samples)
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -407,7 +412,7 @@ def draw_training(folder, script, every, words, classes):
     """Train, and draw the maps of the same images from every checkpoint, all on one scale.
 
     words: the script's own options. Writes RUN-frames/STEP.pt (the checkpoints), NNN.png (one each)
-    and strip.png (up to SHOWN of them side by side). Returns the paths of the pictures.
+    and strip.png (up to FRAMES of them side by side). Returns the paths of the pictures.
     """
     if script not in ("omniad.py", "roads.py"):
         raise UsageError(
@@ -436,7 +441,7 @@ def draw_training(folder, script, every, words, classes):
         rows = [[*first, array] for first, array in zip(chosen.first, column)]
         paths.append(out / f"{n:03d}.png")
         save(grid(rows, ["image", "truth", title], chosen.names), paths[-1])
-    shown = np.linspace(0, len(columns) - 1, min(SHOWN, len(columns))).round().astype(int)
+    shown = np.linspace(0, len(columns) - 1, min(FRAMES, len(columns))).round().astype(int)
     rows = []
     for i, first in enumerate(chosen.first):
         rows.append([*first, *(columns[n][i] for n in shown)])
