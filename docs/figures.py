@@ -5,6 +5,10 @@
     python -m docs.figures hero RUN RUN RUN RUN --out docs/hero.png
                                                    the same defects under several methods, and the truth;
                                                    of runs on the same data, with --save-maps
+    python -m docs.figures training RUN --script omniad.py --every 100 -- --classes screw --steps 600
+                                                   trains (what stands after -- are the script's own
+                                                   options), and draws the maps of the same images
+                                                   after every 100 steps: RUN-frames/001.png, ...
 
     scales.png     what each scale of the teacher contributes to the map       (Omni-AD, ROADS, CADA)
     mix.png        S_rec, the refiner's mask, and their mix                    (OneNIP)
@@ -14,7 +18,9 @@
     calibrated.png maps before and after calibration, each on one scale        (CADA)
 
 The script itself builds data, network and model from its checkpoint, up to the moment in which it would
-evaluate; what it would evaluate with is taken from there.
+evaluate; what it would evaluate with is taken from there. So a series of a training can be had of
+omniad.py and roads.py: onenip.py evaluates no checkpoint of an unfinished training, and cada.py would
+first calibrate it.
 """
 
 import argparse
@@ -22,7 +28,10 @@ import csv
 import importlib
 import io
 import json
+import shutil
+import subprocess
 import sys
+import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +46,11 @@ import kernels
 from common import UsageError, corruptions, data, pictures, report, runtime
 from kernels.cross_attention import neighbours
 
+ROOT = Path(__file__).resolve().parent.parent  # of the scripts
 PANEL, GAP, TEXT = 224, 6, 22  # pixels: side of a panel, between two, height of the letters
 IMAGES = 4  # rows of a picture
 SHOWN = 5  # tokens of a picture
+FRAMES = 6  # checkpoints of a strip
 COLOURS = (  # told apart without seeing red or green
     (230, 159, 0),
     (0, 114, 178),
@@ -67,14 +78,14 @@ class Ready(Exception):
     """The script is about to evaluate; .args[0] is a `Found`."""
 
 
-def ready(folder, out):
-    """The parts of a finished run, rebuilt by its own script, and the run's method.
+def ready(checkpoint, out):
+    """The parts of a run, rebuilt by its own script from its checkpoint, and the run's method.
 
     Raises:
-        UsageError: there is no finished run in the folder.
+        UsageError: there is no such checkpoint, or it is one that the script does not evaluate.
     """
-    checkpoint = Path(folder) / "checkpoint.pt"
-    method = runtime.load_checkpoint(checkpoint)["method"]
+    state = runtime.load_checkpoint(checkpoint)
+    method = state["method"]
     script = importlib.import_module(method)
 
     def stop(run, args, dataset, score, **more):
@@ -82,14 +93,14 @@ def ready(folder, out):
         raise Ready(Found(args, dataset, scorer))
 
     words = [f"{method}.py", "--eval", str(checkpoint), "--out", str(out), "--overwrite"]
-    words += ["--device", "cpu", "--amp", "off"]
+    words += ["--device", "cpu", "--amp", "off", "--data-root", state["args"]["data_root"]]
     with patch.object(sys, "argv", words), redirect_stdout(io.StringIO()):
         with patch.object(report, "evaluate", stop), patch.object(report, "measure", stop):
             try:
                 script.main()
             except Ready as found:
                 return method, found.args[0]
-    raise UsageError(f"{folder}: {method}.py did not come to an evaluation")
+    raise UsageError(f"{checkpoint}: {method}.py did not come to an evaluation")
 
 
 def typical_defects(folder, dataset, names):
@@ -368,15 +379,10 @@ PICTURES = {
 def draw_run(folder, classes):
     """All pictures of a run into RUN/figures. Returns their paths."""
     out = Path(folder) / "figures"
-    method, found = ready(folder, out)
+    method, found = ready(Path(folder) / "checkpoint.pt", out)
     if method not in PICTURES:
         raise UsageError(f"{folder}: there are no pictures for {method}")
-    names = classes or found.dataset.classes[:IMAGES]
-    unknown = [name for name in names if name not in found.dataset.classes]
-    if unknown:
-        known = ", ".join(found.dataset.classes)
-        raise UsageError(f"--classes {unknown[0]}: the run has {known}")
-    chosen = Chosen(found, typical_defects(folder, found.dataset, names))
+    chosen = choose(folder, found, classes)
     paths = []
     for name, function in PICTURES[method].items():
         canvas = function(method, found, chosen)
@@ -384,6 +390,106 @@ def draw_run(folder, classes):
             paths.append(out / f"{name}.png")
             save(canvas, paths[-1])
     return paths
+
+
+def choose(folder, found, classes):
+    """The typical defects of these classes, or of the first few: `Chosen`."""
+    names = classes or found.dataset.classes[:IMAGES]
+    unknown = [name for name in names if name not in found.dataset.classes]
+    if unknown:
+        known = ", ".join(found.dataset.classes)
+        raise UsageError(f"--classes {unknown[0]}: the run has {known}")
+    samples = typical_defects(folder, found.dataset, names)
+    if not samples:
+        raise UsageError(f"{folder}: its scores.csv names no defective image of {', '.join(names)}")
+    return Chosen(found, samples)
+
+
+# ------------------------------------------------------------------------------------------- training
+
+
+def draw_training(folder, script, every, words, classes):
+    """Train, and draw the maps of the same images from every checkpoint, all on one scale.
+
+    words: the script's own options. Writes RUN-frames/STEP.pt (the checkpoints), NNN.png (one each)
+    and strip.png (up to FRAMES of them side by side). Returns the paths of the pictures.
+    """
+    if script not in ("omniad.py", "roads.py"):
+        raise UsageError(
+            f"--script {script}: give omniad.py or roads.py (onenip.py evaluates no unfinished "
+            "training, cada.py would first calibrate it)"
+        )
+    out = Path(f"{folder}-frames")
+    out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / script), *words]
+    command += ["--out", folder, "--checkpoint-every", str(every)]
+    checkpoints = train(command, Path(folder) / "checkpoint.pt", out)
+    _, found = ready(checkpoints[-1], out / "run")
+    chosen = choose(folder, found, classes)
+    series = []  # of each checkpoint the maps (B, S, S)
+    for checkpoint in checkpoints:
+        _, found = ready(checkpoint, out / "run")
+        series.append(found.score(chosen.batch, chosen.samples)[0].numpy())
+    series = np.stack(series)  # (checkpoints, B, S, S)
+    low, high = np.median(series), np.quantile(series, 0.999)
+    columns = []
+    for maps in series:
+        columns.append([panel(array, low, high) for array in maps])
+    titles = [f"step {checkpoint.stem}" for checkpoint in checkpoints]
+    paths = []
+    for n, (column, title) in enumerate(zip(columns, titles), 1):
+        rows = [[*first, array] for first, array in zip(chosen.first, column)]
+        paths.append(out / f"{n:03d}.png")
+        save(grid(rows, ["image", "truth", title], chosen.names), paths[-1])
+    shown = np.linspace(0, len(columns) - 1, min(FRAMES, len(columns))).round().astype(int)
+    rows = []
+    for i, first in enumerate(chosen.first):
+        rows.append([*first, *(columns[n][i] for n in shown)])
+    paths.append(out / "strip.png")
+    save(grid(rows, ["image", "truth", *(titles[n] for n in shown)], chosen.names), paths[-1])
+    return paths
+
+
+def train(command, checkpoint, out):
+    """Run the command; copy each checkpoint that it writes to out/STEP.pt. Returns these, in order.
+
+    A checkpoint is replaced as a whole, so a copy is never a half of one. One that is replaced
+    before it was seen (every 20 ms) is missed, the last one never.
+
+    Raises:
+        UsageError: the command failed (it has said why).
+    """
+    copies, seen = [], version(checkpoint)
+    process = subprocess.Popen(command)
+    try:
+        running = True
+        while running:
+            running = process.poll() is None  # before the look, so that one look comes after the end
+            now = version(checkpoint)
+            if now != seen:
+                copies.append(out / f"copy{len(copies)}.pt")
+                shutil.copyfile(checkpoint, copies[-1])
+                seen = now
+            time.sleep(0.02)
+    finally:
+        process.terminate()  # if this is interrupted; after its end it is without effect
+        process.wait()
+    if process.returncode != 0 or not copies:
+        raise UsageError(f"{' '.join(command[1:])}: no training, so no pictures")
+    named = {}
+    for copy in copies:
+        step = runtime.load_checkpoint(copy)["step"]
+        named[step] = copy.replace(out / f"{step}.pt")
+    return [named[step] for step in sorted(named)]
+
+
+def version(path):
+    """Changes whenever the file is replaced; None if there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_mtime_ns, status.st_ino
 
 
 # ----------------------------------------------------------------------------------------------- hero
@@ -462,18 +568,31 @@ def median_defect(of_class):
 
 def main(argv=None):
     """Returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    end = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser("python -m docs.figures", description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a finished run; or hero RUN RUN ...")
+    runs = "a finished run; or hero RUN RUN ...; or training RUN"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=runs)
     parser.add_argument("--classes", default="", help="classes to show, separated by commas")
     parser.add_argument("--out", default="hero.png", help="file of the hero (default: %(default)s)")
-    args = parser.parse_args(argv)
+    parser.add_argument("--script", default="omniad.py", help="what trains (default: %(default)s)")
+    parser.add_argument("--every", type=int, default=100, help="steps from picture to picture")
+    args = parser.parse_args(words[:end])
+    classes = [name for name in args.classes.split(",") if name]
+    first, *others = args.runs
     try:
-        if args.runs[0] == "hero":
-            print(draw_hero(args.runs[1:], Path(args.out)))
+        if first == "hero":
+            print(draw_hero(others, Path(args.out)))
             print(args.out)
+        elif first == "training":
+            if len(others) != 1:
+                raise UsageError("training: give one folder, that of the run that is to be")
+            script_words = words[end + 1 :]
+            for path in draw_training(*others, args.script, args.every, script_words, classes):
+                print(path)
         else:
             for folder in args.runs:
-                for path in draw_run(folder, [name for name in args.classes.split(",") if name]):
+                for path in draw_run(folder, classes):
                     print(path)
     except UsageError as error:
         print(f"figures: {error}", file=sys.stderr)

@@ -1,5 +1,7 @@
 """Pictures for slides: every method's from a tiny run, the hero of four, and what is drawn is what the model has."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,41 @@ def test_bad_input(finished, tmp_path, capsys):
         assert figures.main(words) == 2
         error = capsys.readouterr().err
         assert named in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["omniad.py", "roads.py"])
+def test_training(script, tiny_data, tmp_path, capsys):
+    """A picture of each checkpoint and a strip; the last checkpoint is the run's; the maps change."""
+    run, frames = tmp_path / "run", tmp_path / "run-frames"
+    own = "--data", tiny_data, "--classes", "screw,terrazzo", "--image-size", 64
+    own += "--depths", "1,1,1,1", "--steps", 6
+    words = ["training", run, "--script", script, "--every", 2, "--", *own]
+    assert figures.main([str(word) for word in words]) == 0
+    steps = sorted(int(path.stem) for path in frames.glob("*.pt") if path.stem.isdigit())
+    assert steps[-1] == 6 and set(steps) <= {2, 4, 6} and len(steps) > 1
+    assert (frames / "6.pt").read_bytes() == (run / "checkpoint.pt").read_bytes()
+    pictures = [f"{n:03d}.png" for n in range(1, len(steps) + 1)]
+    printed = [line.split("/")[-1] for line in capsys.readouterr().out.split()]
+    assert printed == [*pictures, "strip.png"]
+    strip = np.asarray(Image.open(frames / "strip.png").convert("RGB"))
+    assert strip.shape[1] > (2 + len(steps)) * figures.PANEL
+    of_two = [Image.open(frames / name).convert("RGB") for name in (pictures[0], pictures[-1])]
+    first, last = (np.asarray(picture)[-figures.PANEL :, -figures.PANEL :] for picture in of_two)
+    assert (first != last).any()  # the map of the last image
+
+
+def test_training_refuses(tmp_path, capfd):
+    """Scripts that evaluate no unfinished checkpoint, before anything is trained; a failed script."""
+    run = str(tmp_path / "run")
+    cases = [
+        (["training", run, "--script", "onenip.py"], "--script onenip.py"),
+        (["training"], "training: give one folder"),
+        (["training", run, "--", "--image-size", "1"], "no training, so no pictures"),
+    ]
+    for words, named in cases:
+        assert figures.main(words) == 2
+        assert named in capfd.readouterr().err.splitlines()[-1]
+    assert not Path(run).exists()
 
 
 def test_what_is_a_miss():
