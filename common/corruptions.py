@@ -17,7 +17,6 @@ same constants are a far harder test, since the resize no longer averages the no
 """
 
 import numpy as np
-from scipy.signal import fftconvolve
 
 from common import UsageError
 
@@ -125,4 +124,6 @@ def _filter(image, kernel):
 
     By Fourier transform: a 17x17 kernel on a photograph of 1024 px would take seconds otherwise.
     """
+    from scipy.signal import fftconvolve  # half a second, for those who blur only
+
     return fftconvolve(np.pad(image, len(kernel) // 2, mode="reflect"), kernel, mode="valid")

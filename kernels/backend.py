@@ -120,7 +120,17 @@ def trial_tensors(shapes, device, dtype):
     return [x.to(device, dtype).requires_grad_() for x in tensors]
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks once, and does not look inside
+def _constant(function):
+    """torch.compile asks the function once, and does not look inside.
+
+    Only where a kernel can run at all: to say so imports the compiler, which takes a second.
+    """
+    if torch.cuda.is_available():
+        return torch.compiler.assume_constant_result(function)
+    return function
+
+
+@_constant
 def works(operation, device, dtype):
     """True if the operation's kernels pass their trial on this device, which is run once."""
     return _works(operation, device, dtype)
@@ -164,7 +174,7 @@ def compare(ours, expected, dtype):
             raise AssertionError(f"result {i} is wrong by {error:.2g} of {size:.2g}")
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def lost(row, device):
     """True if PyTorch is faster in this row on this device; the file is read once."""
     return row in _lost(device)
