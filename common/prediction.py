@@ -26,6 +26,7 @@ from common import UsageError, data, pages, pictures
 
 COLUMNS = ("path", "score", "ratio", "verdict")  # then the method's own, then the reason
 SHOWN = 20  # rows printed at the end
+AT_ONCE = 2**18  # the model's pixels that are scored together: 64 small pictures, 5 of 224 px
 THUMBNAIL = 128  # pixels of a thumbnail's longer side
 
 
@@ -79,7 +80,8 @@ def predict(run, args, score, normal_score, columns=None, pixel_threshold=None):
     threshold = getattr(args, "threshold", 0.0) or normal_score
     decode = functools.partial(_decode, size=args.image_size, top=_top(run.depths))
     draw = functools.partial(_draw, out=run.out, pixel_threshold=pixel_threshold)
-    ahead = 2 * args.batch_size + 8  # pictures under way in each step
+    batch_size = max(args.batch_size, AT_ONCE // args.image_size**2)
+    ahead = 2 * batch_size + 8  # pictures under way in each step
     page, summary = pages.Predictions(run.out), _Summary()
     unfinished = run.out / "predictions.part.csv"
     # Bytes of a file name that are not UTF-8 are written as they are.
@@ -89,7 +91,7 @@ def predict(run, args, score, normal_score, columns=None, pixel_threshold=None):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*COLUMNS, *columns, "reason"])
         decoded = _in_threads(pool, decode, waiting, ahead)
-        scored = _scored(run, score, decoded, columns, threshold, args.batch_size)
+        scored = _scored(run, score, decoded, columns, threshold, batch_size)
         drawn = _in_threads(pool, draw, scored, ahead)
         for done in run.progress(drawn, "prediction", len(waiting)):
             path = str(done.sample.image)

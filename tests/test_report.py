@@ -470,6 +470,7 @@ def test_prediction_works_only_a_few_pictures_ahead(run, tmp_path, monkeypatch):
         return add(page, *values)
 
     monkeypatch.setattr(data, "read_image", counted_read)
+    monkeypatch.setattr(prediction, "AT_ONCE", 0)  # batches of two
     monkeypatch.setattr(prediction.pages.Predictions, "add", counted_add)
     report.predict(run, Args(predict=[str(tmp_path / "in")], batch_size=2), darkness, 0.5)
     assert len(read) == len(written) == 150
