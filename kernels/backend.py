@@ -125,7 +125,7 @@ def _constant(function):
 
     Only where a kernel can run at all: to say so imports the compiler, which takes a second.
     """
-    if torch.cuda.is_available():
+    if INTERPRET or torch.cuda.is_available():
         return torch.compiler.assume_constant_result(function)
     return function
 

@@ -477,7 +477,7 @@ def test_prediction_works_only_a_few_pictures_ahead(run, tmp_path, monkeypatch):
     assert max(most) <= 2 * (2 * 2 + 8) + 2 + 2  # both steps' share, a batch, and what has just begun
 
 
-def test_interrupted_prediction_leaves_its_rows(run, tmp_path):
+def test_interrupted_prediction_leaves_its_rows(run, tmp_path, monkeypatch):
     """What was scored before the end came is there, under a name that says that it is not all."""
     for i in range(60):
         picture(tmp_path / "in" / f"{i:02d}.png")
@@ -487,6 +487,7 @@ def test_interrupted_prediction_leaves_its_rows(run, tmp_path):
             raise KeyboardInterrupt
         return darkness(images, samples)
 
+    monkeypatch.setattr(prediction, "AT_ONCE", 0)  # batches of Args.batch_size
     with pytest.raises(KeyboardInterrupt):
         report.predict(run, Args(predict=[str(tmp_path / "in")]), score, 0.5)
     assert not (run.out / "predictions.csv").exists() and not (run.out / "predictions.html").exists()
