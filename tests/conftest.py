@@ -29,6 +29,7 @@ pytest.register_assert_rewrite("contract")  # its assertions show their values t
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device (skipped by name without one)")
+    config.addinivalue_line("markers", "slow: takes minutes (skipped by name unless AD_SLOW is set)")
 
 
 def pytest_unconfigure():
@@ -36,6 +37,10 @@ def pytest_unconfigure():
 
 
 def pytest_collection_modifyitems(items):
+    if not os.environ.get("AD_SLOW"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes; set AD_SLOW=1"))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
