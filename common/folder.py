@@ -11,7 +11,9 @@ over. Nothing heavy is imported here.
 """
 
 import contextlib
+import csv
 import errno
+import io
 import os
 import shutil
 from pathlib import Path
@@ -191,3 +193,13 @@ def write_atomic(path, content):
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def write_csv(path, header, rows):
+    """A header and rows -> CSV file, all or nothing."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    # Bytes that are no UTF-8 in a file name are written as they are.
+    write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))

@@ -8,7 +8,6 @@ except for `prediction.py` (--predict), `pictures.py` (drawing) and `pages.py` (
 """
 
 import argparse
-import csv
 import io
 import json
 import sys
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from common import UsageError, corruptions, data, metrics, pages, pictures, runtime
+from common.folder import write_csv
 from common.pages import percent
 from common.pictures import distributions
 from common.prediction import predict
@@ -175,7 +175,7 @@ def evaluate(run, args, dataset, score, *, setting, seconds, paper=None, extra=N
         _draw_classes(run, args, dataset, found.rows, score, corrupt)
         if args.shift == "curve":
             pictures.curves(run.out / "pictures" / "shift.png", _curves(result))
-        _write_csv(run.out / "scores.csv", ("path", "class", "label", "score"), found.rows)
+        write_csv(run.out / "scores.csv", ("path", "class", "label", "score"), found.rows)
         result["seconds"]["evaluate"] = round(time.monotonic() - began, 1)
         content = json.dumps(result, indent=1) + "\n"
         runtime.write_atomic(run.out / "metrics.json", content.encode())
@@ -345,15 +345,6 @@ def _text(value):
 
 
 # -------------------------------------------------------------------------------------------- files
-
-
-def _write_csv(path, header, rows):
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    # Bytes of a file name that are not UTF-8 are written as they are.
-    runtime.write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def _save_maps(run, args, dataset, score, kept):

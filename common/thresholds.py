@@ -5,8 +5,6 @@ have no pixel above the second. The images are training images, or, where there 
 were held out of the training (--holdout), which says more of new ones.
 """
 
-import csv
-import io
 import json
 import sys
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 
 from common import data, runtime
+from common.folder import write_csv
 
 QUANTILE = 0.99
 AT_MOST = 256  # training images
@@ -53,7 +52,8 @@ def without_test_images(run, args, dataset, score, state):
         images = data.Images(run.held_out, args.image_size, depths=run.depths)
         scores, peaks = _scores_of(run, args, score, unknown, images, range(len(unknown)))
         state |= quantiles(scores, peaks)
-        _write_scores(run.out / "scores.csv", run.held_out, scores)
+        rows = [(s.image, s.cls, s.label, value) for s, value in zip(run.held_out, scores)]
+        write_csv(run.out / "scores.csv", ("path", "class", "label", "score"), rows)
     run.save(dict(state))
     if not run.is_rank0:
         return
@@ -101,13 +101,3 @@ def _scores_of(run, args, score, samples, images, order):
         scores += values.float().tolist()
         peaks += maps.float().amax((1, 2)).tolist()
     return scores, peaks
-
-
-def _write_scores(path, samples, scores):
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("path", "class", "label", "score"))
-    for sample, value in zip(samples, scores):
-        writer.writerow((sample.image, sample.cls, sample.label, value))
-    # Bytes that are no UTF-8 in a file name are written as they are.
-    runtime.write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
