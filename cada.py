@@ -1665,11 +1665,8 @@ def report_thresholds(args, run, score, plain, related):
 def scores_of_held_out(args, run, function):
     """Image scores of the training images that neither stage has seen, (N,)."""
     images = data.Images(run.held_out, args.image_size, depths=run.depths)
-    scores = []
-    for first in range(0, len(images), args.batch_size):
-        part = run.held_out[first : first + args.batch_size]
-        batch = torch.stack([images[first + i] for i in range(len(part))])  # (B, 3, S, S)
-        scores += function(run.to_device(batch), part)[1].tolist()
+    order = range(len(images))
+    scores, _ = thresholds.scores_of(run, args, function, run.held_out, images, order)
     return np.array(scores)
 
 

@@ -35,7 +35,7 @@ def of_training_images(run, args, score, samples, images=None):
     scores (B,)).
     """
     order = runtime.epoch_order(args.seed, 0, len(samples))[:AT_MOST]
-    return quantiles(*_scores_of(run, args, score, samples, images, order))
+    return quantiles(*scores_of(run, args, score, samples, images, order))
 
 
 def without_test_images(run, args, dataset, score, state):
@@ -50,7 +50,7 @@ def without_test_images(run, args, dataset, score, state):
     if run.held_out and run.is_rank0:  # one process does it all, as in --predict
         unknown = [data.Sample(sample.image, None, 0, "", "", "") for sample in run.held_out]
         images = data.Images(run.held_out, args.image_size, depths=run.depths)
-        scores, peaks = _scores_of(run, args, score, unknown, images, range(len(unknown)))
+        scores, peaks = scores_of(run, args, score, unknown, images, range(len(unknown)))
         state |= quantiles(scores, peaks)
         rows = [(s.image, s.cls, s.label, value) for s, value in zip(run.held_out, scores)]
         write_csv(run.out / "scores.csv", ("path", "class", "label", "score"), rows)
@@ -89,7 +89,7 @@ def _origin(run, args):
     )
 
 
-def _scores_of(run, args, score, samples, images, order):
+def scores_of(run, args, score, samples, images, order):
     """Image scores, and the maps' largest values, of the samples with the numbers `order`."""
     scores, peaks = [], []
     for first in run.progress(range(0, len(order), args.batch_size), "threshold"):
