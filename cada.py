@@ -137,11 +137,12 @@ RECIPES = {
         "laptop": dict(
             image_size=160,
             backbone="efficientnet_lite0",
-            hidden=128,
+            hidden=192,
             heads=4,
-            mlp=256,
+            mlp=384,
             layers=1,
-            steps=3000,
+            init="pca",
+            steps=2000,
             attention_dropout=0.0,
             jitter=2.0,
             batch_size=4,
@@ -223,6 +224,13 @@ class Args(Options):
     )
     jitter: float = option(
         20.0, "scale of the noise on UniAD's training features", group="training", low=0.0
+    )
+    init: str = option(
+        "xavier",
+        "start of UniAD's first and last layer: random (xavier), or to the principal axes of the "
+        "training images' features and back (pca)",
+        group="training",
+        choices=("xavier", "pca"),
     )
     steps: int = option(
         5000, "training steps of the base; 0: untrained", group="training", low=0
@@ -839,6 +847,23 @@ class UniAD(nn.Module):
                 nn.init.xavier_uniform_(module.weight, gain=0.5**0.5 if joint else 1.0)
                 nn.init.zeros_(module.bias)
 
+    @torch.no_grad()
+    def start_at_axes(self, features):
+        """--init pca: the first layer projects to the principal axes of `features` (N, C, h, w), each
+        scaled to variance 1, and the last one maps back. With fewer axes than --hidden the other
+        units keep their random start; with more, the axes of the least variance are left out."""
+        tokens = features.transpose(1, 3).flatten(0, 2)  # (N, C, h, w) -> (N·w·h, C)
+        mean = tokens.mean(0)
+        variances, axes = torch.linalg.eigh(torch.cov(tokens.T))  # ascending
+        count = min(self.input.out_features, self.channels)
+        variances, axes = variances[-count:], axes[:, -count:]  # (k,), (C, k)
+        deviations = variances.clamp_min(1e-6 * variances.max()).sqrt()
+        projection = (axes / deviations).T  # (k, C)
+        self.input.weight[:count] = projection
+        self.input.bias[:count] = -projection @ mean
+        self.output.weight[:, :count] = axes * deviations
+        self.output.bias.copy_(mean)
+
     @staticmethod
     def features(args):
         return JoinedMaps(args.backbone, args.weights, args.image_size)
@@ -966,6 +991,8 @@ def train_base(args, run, features, model, images):
     images_per_step = args.batch_size * run.world
     needs_images = frozen.needs_images or model.needs_images
     dataset = runtime.Stream(images, args.seed, images_per_step, needs_images)
+    if args.init == "pca" and not job.resumed:
+        model.start_at_axes(*frozen(dataset.first(64)))
 
     parallel.train()
     for step, batch in job.batches(dataset, args.steps):
@@ -1421,6 +1448,8 @@ def check(args):
         raise UsageError(
             f"--hidden {args.hidden}: must be a multiple of --heads {args.heads} and of 2"
         )
+    if args.init == "pca" and args.base != "uniad":
+        raise UsageError(f"--init pca is a start of --base uniad, which --base {args.base} has not")
     depths = args.depths.split(",")
     if len(depths) != 4 or not all(depth.isdecimal() and int(depth) for depth in depths):
         raise UsageError(f"--depths {args.depths}: must be four numbers above 0, such as 3,3,4,6")

@@ -119,6 +119,13 @@ class Args(Options):
         group="training",
         low=0,
     )
+    init: str = option(
+        "xavier",
+        "start of the first and the last layer: random (xavier), or to the principal axes of the "
+        "training images' features and back (pca)",
+        group="training",
+        choices=("xavier", "pca"),
+    )
     loss_weights: str = option(
         "code",
         "L_rec : L_res : L_seg = 1:1:1 (code) or 1:1:0.5 (paper, Eq. 8)",
@@ -203,21 +210,22 @@ PRESETS = {
     "laptop": dict(
         image_size=160,
         backbone="efficientnet_lite0",
-        hidden=128,
+        hidden=192,
         heads=4,
-        mlp=256,
+        mlp=384,
         encoder_layers=1,
         decoder_layers=2,
         refiner_width=64,
         dropout=0.0,
         jitter=2.0,
+        init="pca",
         dice="paper",
         bank=10,
-        epochs=44,
+        epochs=24,
         batch_size=4,
         lr=2e-3,
         schedule="cosine",
-        alpha=0.15,
+        alpha=0.3,
         amp="auto",
     ),
 }
@@ -426,6 +434,23 @@ class OneNIP(nn.Module):
                 nn.init.xavier_uniform_(module.weight, gain)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    @torch.no_grad()
+    def start_at_axes(self, features):
+        """--init pca: the first layer projects to the principal axes of `features` (N, C, h, w), each
+        scaled to variance 1, and the last one maps back. With fewer axes than --hidden the other
+        units keep their random start; with more, the axes of the least variance are left out."""
+        tokens = features.transpose(1, 3).flatten(0, 2)  # (N, C, h, w) -> (N·w·h, C)
+        mean = tokens.mean(0)
+        variances, axes = torch.linalg.eigh(torch.cov(tokens.T))  # ascending
+        count = min(self.input.out_features, self.channels)
+        variances, axes = variances[-count:], axes[:, -count:]  # (k,), (C, k)
+        deviations = variances.clamp_min(1e-6 * variances.max()).sqrt()
+        projection = (axes / deviations).T  # (k, C)
+        self.input.weight[:count] = projection
+        self.input.bias[:count] = -projection @ mean
+        self.output.weight[:, :count] = axes * deviations
+        self.output.bias.copy_(mean)
 
     def position(self):
         """Column table and row table side by side: (N, D) with N = side²."""
@@ -945,6 +970,8 @@ def train(args, run, features, model, images, dataset):
     if args.bank and stream.synthetic:
         bank = Bank(args, run, features, stream)
     steps = args.steps or stream.steps(args.epochs)
+    if args.init == "pca" and not job.resumed:
+        model.start_at_axes(frozen(stream.first(64)))
 
     def statistics():
         return training_statistics(args, run, frozen, features, model.eval(), stream, job.contents)

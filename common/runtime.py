@@ -944,6 +944,13 @@ class Stream(torch.utils.data.Dataset):
     def __getitem__(self, k):
         return self.sample(self.index(k))
 
+    def first(self, count):
+        """The `count` images with which the training begins (all, if there are fewer), as a batch:
+        for what a model takes from the data before its first step."""
+        count = min(count, len(self.images))
+        indices = epoch_order(self.seed, 0, len(self.images))[:count]
+        return torch.utils.data.default_collate([self.sample(int(i)) for i in indices])
+
 
 def lr_factor(step, steps, schedule, drop=0.1):
     """What the learning rate of a step is multiplied by.

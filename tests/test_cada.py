@@ -979,3 +979,18 @@ def test_real_classes(real_data, tmp_path, command, metrics_of):
                    "--steps", 60, "--calibration-steps", 60, "--image-size", 128)
     assert done.status == 0, done.err
     assert metrics_of(tmp_path / "run")["mean"]["p_auroc"] > 0.7
+
+
+def test_start_of_uniad_at_the_principal_axes(command, tiny_data, tmp_path):
+    """--init pca: as in onenip.py, whose start is held to scikit-learn's; other bases have no such layers."""
+    uniad, _, args = make("uniad", init="pca")
+    onenip_args = onenip.Args(hidden=args.hidden, heads=args.heads, mlp=args.mlp, image_size=64)
+    other = onenip.OneNIP(uniad.channels, uniad.side, onenip_args)
+    features = torch.randn(9, uniad.channels, uniad.side, uniad.side, generator=torch.Generator().manual_seed(4))
+    for model in (uniad, other):
+        model.start_at_axes(features)
+    for name in ("weight", "bias"):
+        assert torch.equal(getattr(uniad.input, name), getattr(other.input, name))
+        assert torch.equal(getattr(uniad.output, name), getattr(other.output, name))
+    done = command("cada", "--data", tiny_data, "--base", "revdist", "--init", "pca", "--out", tmp_path / "run")
+    assert done.status == 2 and "--base uniad" in done.err and done.err.count("\n") == 1

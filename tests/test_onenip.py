@@ -189,6 +189,29 @@ def test_start_of_the_weights():
     assert all(not m.bias.any() for m in model.modules() if isinstance(m, torch.nn.Linear))
 
 
+@pytest.mark.parametrize("hidden", [16, 32])
+def test_start_at_the_principal_axes(hidden):
+    """--init pca: the first layer is scikit-learn's PCA with whitening, the last one its inverse; what of the 32 units
+    is more than the 24 channels stays as it was drawn."""
+    decomposition = pytest.importorskip("sklearn.decomposition")
+    model, _ = make(hidden=hidden)
+    before = model.input.weight.clone()
+    features = batch(b=40, seed=3)[0] * torch.linspace(0.1, 3, 24)[:, None, None] + 1
+    model.start_at_axes(features)
+    tokens = features.flatten(2).transpose(1, 2).reshape(-1, 24).double()  # (40, 24, 4, 4) -> (640, 24)
+    count = min(hidden, 24)
+    pca = decomposition.PCA(count, whiten=True, svd_solver="full").fit(tokens)
+    with torch.no_grad():
+        projected = model.double().input(tokens)[:, :count].flip(1)  # PCA's first axis is our last
+        there_and_back = F.linear(projected.flip(1), model.output.weight[:, :count], model.output.bias)
+    expected = torch.from_numpy(pca.transform(tokens.numpy()))
+    signs = (projected * expected).sum(0).sign()
+    torch.testing.assert_close(projected * signs, expected, atol=1e-4, rtol=1e-4)
+    expected = torch.from_numpy(pca.inverse_transform(expected.numpy()))
+    torch.testing.assert_close(there_and_back, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(model.input.weight[count:].float(), before[count:])
+
+
 def test_jitter_has_the_stated_scale_and_is_off_in_evaluation():
     """Noise of standard deviation ‖token‖ · 20 / C on every token in training (feature jitter of UniAD)."""
     model, args = make(encoder_layers=0)

@@ -383,6 +383,15 @@ def test_stream_drops_what_does_not_fill_a_step():
     assert whole.steps(1) == 3 and sorted(whole.index(k) for k in range(10)) == list(range(10))
 
 
+def test_first_images_of_a_stream():
+    """What a model takes from the data before its first step: other images for another seed, each once."""
+    images = [torch.full((3, 2, 2), i, dtype=torch.uint8) for i in range(10)]
+    batch = runtime.Stream(images, 3, 4, needs_images=True).first(6)
+    assert len(set(batch["index"].tolist())) == 6 and batch["image"][:, 0, 0, 0].tolist() == batch["index"].tolist()
+    assert batch["index"].tolist() == [runtime.Stream(images, 3, 1, True)[k]["index"] for k in range(6)]
+    assert sorted(runtime.Stream(images, 4, 4, False).first(64)["index"].tolist()) == list(range(10))
+
+
 def test_resume_takes_the_options_of_the_run_in_the_folder(tmp_path):
     """What is given again must not contradict them; a folder without a run, with an evaluation, with a run of another
     script or a damaged args.json is refused."""
