@@ -631,7 +631,7 @@ class RevDist(nn.Module):
 
     def optimizer(self, args):
         return torch.optim.AdamW(
-            self.parameters(), lr=args.lr, weight_decay=args.weight_decay
+            self.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
         )
 
     def forward(self, maps, images):
@@ -677,6 +677,7 @@ class ReContrast(RevDist):
             weight_decay=args.weight_decay,
             eps=1e-10,
             amsgrad=True,
+            fused=True,
         )
 
     def train(self, mode=True):
@@ -845,7 +846,7 @@ class UniAD(nn.Module):
 
     def optimizer(self, args):
         return torch.optim.AdamW(
-            self.parameters(), lr=args.lr, weight_decay=args.weight_decay
+            self.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
         )
 
     def forward(self, maps, images):
@@ -978,7 +979,7 @@ def train_base(args, run, features, model, images):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if args.clip > 0:
-            nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip, foreach=True)
         optimizer.step()
         job.record(loss, parts)
     return job.finish()

@@ -904,8 +904,8 @@ class Pictures:
 
     def __getitem__(self, number):
         if number >= self.ready:
-            first_batch = number < runtime.FROZEN_BATCH
-            self.make(runtime.FROZEN_BATCH if first_batch else len(self))
+            first_batch = runtime.frozen_batch(self.run.device)
+            self.make(first_batch if number < first_batch else len(self))
         return self.images[number]
 
     def make(self, end):
@@ -975,7 +975,9 @@ class Bank:
 
 
 def optimizer_of(model, args):
-    return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    return torch.optim.AdamW(
+        model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
+    )
 
 
 def train(args, run, features, model, images, dataset):
@@ -1017,7 +1019,7 @@ def train(args, run, features, model, images, dataset):
             loss, parts = losses(parallel, normal, synthetic, prompt, mask, args)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), args.clip, foreach=True)
         optimizer.step()
         if args.eval_every and (step + 1) % stream.steps(args.eval_every) == 0:
             epoch = (step + 1) * images_per_step / len(images)

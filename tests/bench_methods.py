@@ -63,16 +63,16 @@ class Pair:
         return lambda: features.split(rows[index].float())
 
     def step(self):
-        self.finish(self.loss(), self.ours, self.optimizer)
+        self.finish(self.loss(), self.ours, self.optimizer, foreach=True)
 
     def their_step(self):
         self.finish(self.their_loss(), self.theirs, self.their_optimizer)
 
-    def finish(self, loss, model, optimizer):
+    def finish(self, loss, model, optimizer, foreach=None):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.clip:
-            nn.utils.clip_grad_norm_(model.parameters(), self.clip)
+            nn.utils.clip_grad_norm_(model.parameters(), self.clip, foreach=foreach)
         optimizer.step()
 
 

@@ -13,6 +13,9 @@ import onenip
 from common import cache, data, runtime
 
 
+BATCH = runtime.frozen_batch(torch.device("cpu"))
+
+
 class Network(torch.nn.Module):
     """A frozen network that counts the images it has seen."""
 
@@ -59,7 +62,7 @@ def test_a_second_run_computes_one_batch_and_has_the_same_bits(home):
     """That batch is what the file is held to."""
     expected, seen = frozen(home, keep=False)
     assert seen == 48 and not entries(home)
-    for seen_by_run in 48, runtime.FROZEN_BATCH:
+    for seen_by_run in 48, BATCH:
         found, seen = frozen(home)
         assert seen == seen_by_run and torch.equal(found.rows, expected.rows)
     assert len(entries(home)) == 1 and list((home / cache.NAME).iterdir()) == entries(home)
@@ -118,7 +121,7 @@ def test_a_damaged_file_is_computed_anew(damage, said, home, capsys):
     assert seen == 48 and torch.equal(found.rows, expected.rows)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and str(path) in err and said in err
-    assert frozen(home)[1] == runtime.FROZEN_BATCH and capsys.readouterr().err == ""
+    assert frozen(home)[1] == BATCH and capsys.readouterr().err == ""
 
 
 def test_whole_files_with_other_numbers_are_refused(home, capsys):
@@ -192,7 +195,7 @@ def test_two_runs_at_once(home):
     for process in processes:
         process.join()
     found, seen = frozen(home)
-    assert seen == runtime.FROZEN_BATCH and sums == [found.rows.double().sum().item()] * 2
+    assert seen == BATCH and sums == [found.rows.double().sum().item()] * 2
     assert list((home / cache.NAME).iterdir()) == entries(home)
 
 
@@ -216,7 +219,7 @@ def test_onenips_bank_is_kept_too(home, tmp_path, command, monkeypatch):
     monkeypatch.setattr(onenip.Triplets, "pseudo_anomaly", counted)
     scores, number = run("--no-cache")
     assert number == 48 and not entries(home)
-    assert run() == (scores, 48) and run() == (scores, runtime.FROZEN_BATCH)
+    assert run() == (scores, 48) and run() == (scores, BATCH)
     of_masks = [path for path in entries(home) if b"torch.bool" in path.read_bytes()[:300]]
     assert len(of_masks) == 1 and len(entries(home)) == 3
     assert run("--seed", "1")[1] == 48
