@@ -296,7 +296,7 @@ def mlp(args, dropout):
     return nn.Sequential(
         nn.Linear(args.hidden, args.mlp),
         nn.ReLU(),
-        nn.Dropout(dropout),
+        kernels.Dropout(dropout),
         nn.Linear(args.mlp, args.hidden),
     )
 
@@ -311,7 +311,7 @@ class EncoderLayer(nn.Module):
         self.mlp = mlp(args, args.dropout)
         self.norm1 = nn.LayerNorm(args.hidden)
         self.norm2 = nn.LayerNorm(args.hidden)
-        self.dropout = nn.Dropout(args.dropout)
+        self.dropout = kernels.Dropout(args.dropout)
 
     def forward(self, x, pos, window):
         x = self.norm1(x + self.dropout(self.attention(x + pos, x + pos, x, window)))
@@ -332,7 +332,7 @@ class DynamicBlock(nn.Module):
         self.norm1 = nn.LayerNorm(args.hidden)
         self.norm2 = nn.LayerNorm(args.hidden)
         self.norm3 = nn.LayerNorm(args.hidden)
-        self.dropout = nn.Dropout(args.dropout)
+        self.dropout = kernels.Dropout(args.dropout)
 
     def forward(self, p, x, pos, window):
         # Eq. 3, p <- attend(p, x)
@@ -359,7 +359,7 @@ class QueryBlock(nn.Module):
         self.norm1 = nn.LayerNorm(args.hidden)
         self.norm2 = nn.LayerNorm(args.hidden)
         self.norm3 = nn.LayerNorm(args.hidden)
-        self.dropout = nn.Dropout(args.dropout)
+        self.dropout = kernels.Dropout(args.dropout)
 
     def forward(self, p, x, answer, pos, window):
         q = p if self.query is None else self.query.expand_as(x)
@@ -414,7 +414,7 @@ class OneNIP(nn.Module):
         if args.prompt == "dynamic":
             self.decoder = nn.ModuleList(DynamicBlock(args) for _ in blocks)
             self.final_attention = Attention(args)
-            self.dropout = nn.Dropout(args.dropout)
+            self.dropout = kernels.Dropout(args.dropout)
         else:
             self.decoder = nn.ModuleList(QueryBlock(args, side * side) for _ in blocks)
         self.norm = nn.LayerNorm(args.hidden)
