@@ -15,8 +15,9 @@ def cores():
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP, as in torch's wheels for Linux")
 @pytest.mark.skipif(cores() < 2, reason="needs two cores")
 def test_two_threads_beside_a_busy_process_do_not_stall():
-    """A step takes at most six times what one thread takes in the same company (spinning at barriers: twenty times)."""
+    """A step takes at most three times what one thread takes in the same company (spinning at barriers: up to twenty
+    times). The quickest of a few steps counts."""
     with bench_stall.busy(cores() - 1):
         two = min(bench_stall.times("cada", cores(), True, 5))
         one = min(bench_stall.times("cada", 1, True, 5))
-    assert two < 6 * one
+    assert two < 3 * one
