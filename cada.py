@@ -639,7 +639,7 @@ class RevDist(nn.Module):
 
     def optimizer(self, args):
         return torch.optim.AdamW(
-            self.parameters(), lr=args.lr, weight_decay=args.weight_decay
+            self.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
         )
 
     def forward(self, maps, images):
@@ -685,6 +685,7 @@ class ReContrast(RevDist):
             weight_decay=args.weight_decay,
             eps=1e-10,
             amsgrad=True,
+            fused=True,
         )
 
     def train(self, mode=True):
@@ -807,10 +808,10 @@ class Layer(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(args.hidden, args.mlp),
             nn.ReLU(),
-            nn.Dropout(args.attention_dropout),
+            kernels.Dropout(args.attention_dropout),
             nn.Linear(args.mlp, args.hidden),
         )
-        self.dropout = nn.Dropout(args.attention_dropout)
+        self.dropout = kernels.Dropout(args.attention_dropout)
 
     def forward(self, x, memories, pos, window):
         """memories: what each attention in turn reads, (B, N, D); pos: (N, D)."""
@@ -870,7 +871,7 @@ class UniAD(nn.Module):
 
     def optimizer(self, args):
         return torch.optim.AdamW(
-            self.parameters(), lr=args.lr, weight_decay=args.weight_decay
+            self.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
         )
 
     def forward(self, maps, images):
@@ -1005,7 +1006,7 @@ def train_base(args, run, features, model, images):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if args.clip > 0:
-            nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip, foreach=True)
         optimizer.step()
         job.record(loss, parts)
     return job.finish()

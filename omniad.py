@@ -429,6 +429,7 @@ def optimizer_of(model, args):
             {"params": vectors, "weight_decay": 0.0},
         ],
         lr=args.lr,
+        fused=True,
     )
 
 
@@ -455,7 +456,7 @@ def train(args, run, features, model, images):
             loss, parts = losses(parallel, maps, model.scale, args)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), args.clip, foreach=True)
         optimizer.step()
         job.record(loss, parts)
     score = Scorer(args, run, features, model)

@@ -44,6 +44,7 @@ import hashlib
 import os
 import shutil
 import sys
+import time
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -382,6 +383,7 @@ class Images(torch.utils.data.Dataset):
         self.depths = depths or {}
         self._pixels = None  # uint8 (N, 3, size, size) once preloaded
         self._vanished = set()
+        self._states = ()
 
     def __len__(self):
         return len(self.samples)
@@ -415,6 +417,20 @@ class Images(torch.utils.data.Dataset):
             self._vanished.add(i)
         return torch.from_numpy(resized)
 
+    def identity(self):
+        """What decides the pixels, for `cache`: list of files' states and of the rules by which they are read; None if
+        a file is so new that it may change without a new time, or gone.
+
+        The files are asked once, before the first of them is decoded by `preload`: a file that changes in between is
+        then kept under a state that it no longer has.
+        """
+        if self._states == ():
+            self._states = states([sample.image for sample in self.samples])
+        if self._states is None:
+            return None
+        tops = [self._top(sample.cls) for sample in self.samples]
+        return [self.size, self.corrupt, tops, self._states]
+
     def preload(self):
         """Decode everything once, into memory that processes share, so that no epoch decodes again.
 
@@ -424,6 +440,7 @@ class Images(torch.utils.data.Dataset):
         shape = (len(self.samples), 3, self.size, self.size)
         need = int(np.prod(shape))
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.identity()
         if self.cached or need > self.memory_share * free_memory() / processes:
             return
         pixels = torch.empty(shape, dtype=torch.uint8)
@@ -454,6 +471,20 @@ class Images(torch.utils.data.Dataset):
             image = corruptions.corrupt(image, *self.corrupt, seed=seed)
         resized = resize_image(image, self.size)
         return np.ascontiguousarray(resized.transpose(2, 0, 1))  # (S, S, 3) -> (3, S, S)
+
+
+def states(paths):
+    """[path, size, time of change] of each file; None if one is gone or was written just now."""
+    found = []
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except OSError:
+            return None
+        if time.time_ns() - status.st_mtime_ns < 2e9:
+            return None
+        found.append([os.path.abspath(path), status.st_size, status.st_mtime_ns])
+    return found
 
 
 def free_memory():

@@ -49,6 +49,7 @@ OF_THE_RUN = (
     "threshold",
     "threads",
     "holdout",
+    "cache",
 )
 # What a resumed run may change: it leaves the trained model as it would have been.
 FREE_ON_RESUME = (
@@ -58,6 +59,7 @@ FREE_ON_RESUME = (
     "workers",
     "threads",
     "data_root",
+    "cache",
     "save_maps",
     "shift",
     "log_every",
@@ -135,6 +137,12 @@ class Options:
         group="data",
         low=0.0,
         high=1.0,
+    )
+    cache: bool = option(
+        True,
+        "keep frozen features on disk, in the data set's folder .features, for the next run: 4 GiB at "
+        "most, and a tenth of the free space",
+        group="data",
     )
     preset: str = option(
         "",

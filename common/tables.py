@@ -61,7 +61,7 @@ COLUMNS = {
 MINUTES = {"onenip": 5, "omniad": 4, "roads": 3, "cada": 2}
 
 # Options of the scripts that leave a result as it is: runs with others of them are reused.
-FREE = ("data_root", "device", "workers", "log_every", "checkpoint_every")
+FREE = ("data_root", "cache", "device", "workers", "log_every", "checkpoint_every")
 
 # Options that this command sets itself.
 OWN_WORDS = ("data", "seed", "seeds", "out", "eval", "resume", "overwrite", "predict", "shift")

@@ -47,6 +47,11 @@ def cost(model, maps, args, device, repeat):
         before = torch.cuda.memory_allocated()
         step(model, maps, args)
         return min(seconds[1:]), (torch.cuda.max_memory_allocated() - before) / 2**20
+    return min(seconds[1:]), peak(lambda: step(model, maps, args))
+
+
+def peak(function):
+    """MiB of resident memory that function() takes beyond what was there; None but on Linux."""
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
         # M_MMAP_THRESHOLD: tensors above 64 KiB go back to the system when they are freed, and what
@@ -55,11 +60,11 @@ def cost(model, maps, args, device, repeat):
         library.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = resident("VmRSS")
-        step(model, maps, args)
+        function()
         memory = resident("VmHWM") - before
         library.mallopt(-3, 1 << 25)
-        return min(seconds[1:]), memory
-    return min(seconds[1:]), None
+        return memory
+    return None
 
 
 def main():

@@ -743,7 +743,7 @@ def steps_of(monkeypatch, command, tiny_data, tmp_path):
         steps.append(SimpleNamespace(kind=type(optimizer), groups=groups, clip=cut))
 
     def run(script, *words):
-        classes = ",".join(sorted(folder.name for folder in tiny_data.iterdir())[:2])
+        classes = ",".join(sorted(folder.name for folder in tiny_data.glob("[!.]*"))[:2])
         where = ["--data", tiny_data, "--classes", classes, "--out", tmp_path / script]
         small = "--backbone efficientnet_lite0 --weights random --image-size 64".split()
         done = command(script, "--preset", "paper", *where, *small, *SMALL[script].split(), *words)

@@ -420,7 +420,7 @@ def test_image_files(tmp_path):
 def test_real_data(real_data):
     """Protects the index on real files: every folder a class, every file indexed, every defect with a mask."""
     ds = data.load(str(real_data))
-    assert ds.classes == sorted(path.name for path in real_data.iterdir() if path.is_dir())
+    assert ds.classes == sorted(path.name for path in real_data.iterdir() if path.is_dir() and path.name[0] != ".")
     assert len(ds.train) == len(list(real_data.glob("*/train/good/*")))
     assert len(ds.test) == len(list(real_data.glob("*/test/*/*")))
     assert ds.problems == []

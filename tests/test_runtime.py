@@ -515,6 +515,14 @@ def test_compile_without_a_compiler_is_refused(tmp_path, monkeypatch):
         runtime.start(parse("--compile", "--out", str(tmp_path / "run")), "method")
 
 
+def test_options_reach_the_run(tmp_path, monkeypatch):
+    """--compile and --amp are what the run does, from its start."""
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: name)
+    words = "--compile", "--amp", "bf16", "--device", "cpu", "--threads", "1", "--out", str(tmp_path / "run")
+    run = runtime.start(parse(*words), "method")
+    assert run.compile is True and run.amp == "bf16" and run.depths == {}
+
+
 def test_a_gpu_computes_frozen_networks_in_bf16_with_amp():
     """What `Run.place` asks for on a GPU, here on the CPU: bfloat16 outputs near the float32 ones, whose maps
     `Pyramid.maps` gives in float32; on a CPU it asks for nothing."""

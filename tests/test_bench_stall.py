@@ -1,0 +1,23 @@
+"""A busy program beside a training must not stall it."""
+
+import os
+import sys
+
+import pytest
+
+from tests import bench_stall
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP, as in torch's wheels for Linux")
+@pytest.mark.skipif(cores() < 2, reason="needs two cores")
+def test_two_threads_beside_a_busy_process_do_not_stall():
+    """A step takes at most three times what one thread takes in the same company (spinning at barriers: up to twenty
+    times). The quickest of a few steps counts."""
+    with bench_stall.busy(cores() - 1):
+        two = min(bench_stall.times("cada", cores(), True, 5))
+        one = min(bench_stall.times("cada", 1, True, 5))
+    assert two < 3 * one
