@@ -808,10 +808,10 @@ class Layer(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(args.hidden, args.mlp),
             nn.ReLU(),
-            kernels.Dropout(args.attention_dropout),
+            nn.Dropout(args.attention_dropout),
             nn.Linear(args.mlp, args.hidden),
         )
-        self.dropout = kernels.Dropout(args.attention_dropout)
+        self.dropout = nn.Dropout(args.attention_dropout)
 
     def forward(self, x, memories, pos, window):
         """memories: what each attention in turn reads, (B, N, D); pos: (N, D)."""

@@ -52,7 +52,6 @@ Paper, MVTec, 224 px (v2 log in brackets): I-AUROC 97.9 (98.0), I-AP 99.3, P-AUR
 P-AP 63.7 (63.9).
 """
 
-import inspect
 import math
 import zlib
 from dataclasses import dataclass
@@ -304,7 +303,7 @@ def mlp(args, dropout):
     return nn.Sequential(
         nn.Linear(args.hidden, args.mlp),
         nn.ReLU(),
-        kernels.Dropout(dropout),
+        nn.Dropout(dropout),
         nn.Linear(args.mlp, args.hidden),
     )
 
@@ -319,7 +318,7 @@ class EncoderLayer(nn.Module):
         self.mlp = mlp(args, args.dropout)
         self.norm1 = nn.LayerNorm(args.hidden)
         self.norm2 = nn.LayerNorm(args.hidden)
-        self.dropout = kernels.Dropout(args.dropout)
+        self.dropout = nn.Dropout(args.dropout)
 
     def forward(self, x, pos, window):
         x = self.norm1(x + self.dropout(self.attention(x + pos, x + pos, x, window)))
@@ -340,7 +339,7 @@ class DynamicBlock(nn.Module):
         self.norm1 = nn.LayerNorm(args.hidden)
         self.norm2 = nn.LayerNorm(args.hidden)
         self.norm3 = nn.LayerNorm(args.hidden)
-        self.dropout = kernels.Dropout(args.dropout)
+        self.dropout = nn.Dropout(args.dropout)
 
     def forward(self, p, x, pos, window):
         # Eq. 3, p <- attend(p, x)
@@ -367,7 +366,7 @@ class QueryBlock(nn.Module):
         self.norm1 = nn.LayerNorm(args.hidden)
         self.norm2 = nn.LayerNorm(args.hidden)
         self.norm3 = nn.LayerNorm(args.hidden)
-        self.dropout = kernels.Dropout(args.dropout)
+        self.dropout = nn.Dropout(args.dropout)
 
     def forward(self, p, x, answer, pos, window):
         q = p if self.query is None else self.query.expand_as(x)
@@ -422,7 +421,7 @@ class OneNIP(nn.Module):
         if args.prompt == "dynamic":
             self.decoder = nn.ModuleList(DynamicBlock(args) for _ in blocks)
             self.final_attention = Attention(args)
-            self.dropout = kernels.Dropout(args.dropout)
+            self.dropout = nn.Dropout(args.dropout)
         else:
             self.decoder = nn.ModuleList(QueryBlock(args, side * side) for _ in blocks)
         self.norm = nn.LayerNorm(args.hidden)
@@ -909,81 +908,30 @@ class Made(torch.utils.data.Dataset):
         return self.stream.pseudo_anomaly(number // self.each, number)
 
 
-class Pictures:
-    """The pixels of `Made`, pictures[number]: uint8 (3, S, S), made when they are asked for: first
-    those of one batch, then all others together.
-
-    Attributes:
-        masks: (N · bank, S, S) bool; of those that were made.
-        ready: how many were.
-    """
-
-    def __init__(self, args, run, made):
-        self.args, self.run, self.made, self.ready = args, run, made, 0
-        shape = len(made), 3, args.image_size, args.image_size
-        self.images = torch.empty(shape, dtype=torch.uint8)
-        self.masks = torch.empty(shape[:1] + shape[2:], dtype=torch.bool)
-
-    def __len__(self):
-        return len(self.made)
-
-    def __getitem__(self, number):
-        if number >= self.ready:
-            first_batch = runtime.frozen_batch(self.run.device)
-            self.make(first_batch if number < first_batch else len(self))
-        return self.images[number]
-
-    def make(self, end):
-        """Make those up to number `end` that are missing."""
-        end = min(end, len(self))
-        firsts = range(self.ready, end, 16)
-        batches = [list(range(first, min(first + 16, end))) for first in firsts]
-        loader = self.run.loader(self.made, batches, self.args.workers)
-        parts = zip(batches, self.run.progress(loader, "pseudo-anomalies", len(batches)))
-        for numbers, (image, mask) in parts:
-            self.images[numbers], self.masks[numbers] = image, mask
-        self.ready = end
-
-
 class Bank:
-    """--bank: pseudo-anomalies made of every training image, once, and their frozen features; both
-    from the disk if a run before has kept them (common/cache.py).
+    """--bank: pseudo-anomalies made of every training image, once, and their frozen features.
 
     Called with {"index": (B,)}: features (B, C, h, w) and masks (B, S, S), on the device.
     """
 
     def __init__(self, args, run, features, stream):
         made = Made(stream, args.bank)
-        need = 4 * len(made) * args.image_size**2  # bytes: three channels, and a mask of one
+        pictures = len(made), 3, args.image_size, args.image_size
+        need = 4 * math.prod(pictures) // 3  # bytes: a picture has three channels, its mask is one
         if need > args.memory_share * data.free_memory():
             raise self.too_large(args)
-        pictures = Pictures(args, run, made)
-        of_features = self.entry(args, run, features, stream, "pseudo-anomalies' features")
-        of_masks = self.entry(args, run, features, stream, "pseudo-anomalies' masks")
-        self.run, self.masks = run, pictures.masks
-        self.frozen = runtime.Frozen(run, features, pictures, args, entry=of_features)
+        images = torch.empty(pictures, dtype=torch.uint8)
+        self.masks = torch.empty(pictures[:1] + pictures[2:], dtype=torch.bool)  # (N · bank, S, S)
+        firsts = range(0, len(made), 16)
+        batches = [list(range(first, min(first + 16, len(made)))) for first in firsts]
+        loader = run.loader(made, batches, args.workers)
+        parts = zip(batches, run.progress(loader, "pseudo-anomalies", len(batches)))
+        for numbers, (image, mask) in parts:
+            images[numbers], self.masks[numbers] = image, mask
+        self.run = run
+        self.frozen = runtime.Frozen(run, features, images, args)
         if self.frozen.needs_images:
             raise self.too_large(args)
-        first = self.masks[: pictures.ready].clone()
-        if len(first) < len(made):  # the features were read
-            if of_masks.read(self.masks, first):
-                return
-            self.masks[: len(first)] = first
-            pictures.make(len(made))
-        if of_masks is not None and run.is_rank0:
-            of_masks.write(self.masks)
-
-    @staticmethod
-    def entry(args, run, features, stream, title):
-        """Where `title` is kept on disk, a `cache.Entry`; None: nowhere."""
-        code = (synthesize, cutpaste_patch, cutpaste_scar, colour_jitter, draem, perlin, Textures)
-        code += (*TEXTURE_OPS, Triplets)
-        sources = [inspect.getsource(part) for part in code]
-        textures = data.states(stream.textures.files)
-        if textures is None:
-            return None
-        more = args.seed, args.bank, textures, sources
-        return runtime.entry_of(run, features, stream.images, title, *more)
 
     @staticmethod
     def too_large(args):

@@ -758,15 +758,14 @@ class Frozen:
             -> what the model takes.
         images: indexable, images[i] -> uint8 (3, S, S).
         title: of the progress bar.
-        entry: where they are kept from run to run (see `entry_of`); default: so if they are those of
-            a data set's images.
     Attributes:
         rows: (N, ...), or None.
     """
 
-    def __init__(self, run, features, images, args, title="frozen features", entry=None):
+    def __init__(self, run, features, images, args, title="frozen features"):
         self.run, self.features = run, features
-        if entry is None and isinstance(images, data.Images):
+        entry = None
+        if isinstance(images, data.Images):  # those of a data set, not made here
             entry = entry_of(run, features, images, title)
         batch_size, share = frozen_batch(run.device), args.memory_share
         self.rows = precompute(run, features, images, batch_size, share, title, True, entry)
@@ -797,12 +796,11 @@ class Frozen:
         return fetched
 
 
-def entry_of(run, features, images, title, *more):
+def entry_of(run, features, images, title):
     """Where on the disk `features` of these images are kept, a `cache.Entry`; None: nowhere.
 
     It depends on all that decides their bits: network, weights, code, files, versions and machine,
-    as far as that can be told; `precompute` looks at the first batch besides. more: what else.
-    images: `data.Images`.
+    as far as that can be told; `precompute` looks at the first batch besides. images: `data.Images`.
     """
     identity = images.identity()
     if run.disk is None or identity is None:
@@ -815,7 +813,7 @@ def entry_of(run, features, images, title, *more):
     code += [inspect.getsource(cls) for cls in type(features).__mro__ if cls not in _OF_TORCH]
     machine = environment()
     machine |= {"processor": torch.backends.cpu.get_cpu_capability(), "on": run.device.type}
-    parts = [frozen_batch(run.device), run.amp, machine, code, weights.hexdigest(), identity, *more]
+    parts = [frozen_batch(run.device), run.amp, machine, code, weights.hexdigest(), identity]
     return run.disk.entry(title, parts)
 
 

@@ -9,7 +9,7 @@ an anomaly map and as a training loss. On CUDA tensors the kernels run, elsewher
 
 from .backend import set_backend
 from .cosine_map import cosine_loss, cosine_map
-from .cross_attention import Dropout, cross_attention
+from .cross_attention import cross_attention
 from .few_tokens import few_token_attention
 
-__all__ = ["Dropout", "cosine_loss", "cosine_map", "cross_attention", "few_token_attention", "set_backend"]
+__all__ = ["cosine_loss", "cosine_map", "cross_attention", "few_token_attention", "set_backend"]

@@ -42,7 +42,6 @@ predicts the bytes, `python -m kernels.check` measures on a GPU.
 import functools
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -202,7 +201,7 @@ def cross_attention_torch(q, k, v, scale, window, dropout_p, seed):
             scores = scores.add_(bias)
         weights = scores.softmax(dim=-1)
         if dropout_p > 0:
-            weights = weights * _dropout_mask(weights, dropout_p, seed)
+            weights = weights * _dropout_keep(weights, dropout_p, seed)
         # dividing the output here, not the N x M weights, gives the same
         o = (weights @ v / (1 - dropout_p)).to(dtype)  # (B, H, N, D)
     return o if empty is None else o.masked_fill(empty, 0.0)
@@ -226,38 +225,24 @@ def _window_bias(height, width, radius, dtype, device):
         return bias.masked_fill(forbidden & ~empty, -math.inf), empty
 
 
-def _mask_shapes(weights, dropout_p, seed):
-    return torch.empty_like(weights, memory_format=torch.contiguous_format)
+def _keep_shapes(weights, dropout_p, seed):
+    return torch.empty_like(weights, dtype=torch.bool, memory_format=torch.contiguous_format)
 
 
-@opaque("(Tensor weights, float dropout_p, Tensor seed) -> Tensor", _mask_shapes)
-def _dropout_mask(weights, dropout_p, seed):
-    """1 where an attention weight survives dropout, else 0, drawn from `seed`; as `weights`.
+@opaque("(Tensor weights, float dropout_p, Tensor seed) -> Tensor", _keep_shapes)
+def _dropout_keep(weights, dropout_p, seed):
+    """True where an attention weight survives dropout, drawn from `seed`; (B, H, N, M) bool.
 
     `F.dropout` draws one random number per weight, which on CPUs takes longer than the attention
     itself. Here one 64-bit draw decides about four weights, 16 bits each (so dropout_p is rounded
-    to 1 / 65536); numpy has the faster generator, and a product with floats is three times as fast
-    as one with bools.
+    to 1 / 65536).
     """
-    n, lowest = weights.numel(), round(dropout_p * 65536) - 32768
-    if weights.device.type == "cpu":
-        bits = np.random.SFC64(int(seed)).random_raw((n + 3) // 4).view(np.int16)
-        kept = torch.from_numpy((bits[:n] >= lowest).view(np.uint8))
-    else:
-        bits = torch.empty((n + 3) // 4, dtype=torch.int64, device=weights.device)
-        generator = torch.Generator(weights.device).manual_seed(int(seed))
-        bits.random_(-(2**63), None, generator=generator)
-        kept = bits.view(torch.int16)[:n] >= lowest
-    return kept.to(weights.dtype).view(weights.shape)
-
-
-class Dropout(torch.nn.Dropout):
-    """`nn.Dropout` with the random numbers of the attention above, which on a CPU cost a third."""
-
-    def forward(self, x):
-        if not self.training or self.p == 0 or x.device.type != "cpu":
-            return super().forward(x)
-        return x * _dropout_mask(x, self.p, _seed(None, self.p)) / (1 - self.p)
+    n = weights.numel()
+    bits = torch.empty((n + 3) // 4, dtype=torch.int64, device=weights.device)
+    generator = torch.Generator(weights.device).manual_seed(int(seed))
+    bits.random_(-(2**63), None, generator=generator)
+    keep = bits.view(torch.int16)[:n] >= round(dropout_p * 65536) - 32768
+    return keep.view(weights.shape)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 
-import onenip
 from common import cache, data, runtime
 
 
@@ -197,31 +196,3 @@ def test_two_runs_at_once(home):
     found, seen = frozen(home)
     assert seen == BATCH and sums == [found.rows.double().sum().item()] * 2
     assert list((home / cache.NAME).iterdir()) == entries(home)
-
-
-def test_onenips_bank_is_kept_too(home, tmp_path, command, monkeypatch):
-    """Features and masks of the pseudo-anomalies: the second run makes the first batch of them only, and ends with the
-    numbers of a run with --no-cache; another seed makes others; without their masks, all are made again."""
-    words = ["--data", home, "--classes", "screw", "--image-size", "64", "--hidden", "32", "--mlp", "32",
-             "--decoder-layers", "1", "--refiner-width", "8", "--bank", "8", "--steps", "3"]
-    made, pseudo_anomaly = [], onenip.Triplets.pseudo_anomaly
-
-    def counted(stream, index, number):
-        made.append(number)
-        return pseudo_anomaly(stream, index, number)
-
-    def run(*also):
-        """Scores of the run, and how many of the bank's 48 pictures it made."""
-        made.clear()
-        assert command("onenip", *words, *also, "--out", tmp_path / "run", "--overwrite").status == 0
-        return (tmp_path / "run" / "scores.csv").read_text(), sum(number < 2**40 for number in made)
-
-    monkeypatch.setattr(onenip.Triplets, "pseudo_anomaly", counted)
-    scores, number = run("--no-cache")
-    assert number == 48 and not entries(home)
-    assert run() == (scores, 48) and run() == (scores, BATCH)
-    of_masks = [path for path in entries(home) if b"torch.bool" in path.read_bytes()[:300]]
-    assert len(of_masks) == 1 and len(entries(home)) == 3
-    assert run("--seed", "1")[1] == 48
-    of_masks[0].unlink()
-    assert run() == (scores, 48)

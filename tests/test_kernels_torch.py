@@ -109,23 +109,6 @@ def test_attention_under_autocast():
         assert cross_attention(q.double(), k.double(), k.double()).dtype == torch.float64  # as torch.matmul does
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_of_tokens(dtype):
-    """As `nn.Dropout`: that share is zero, the rest is scaled so that the mean stays, the gradient has the same mask;
-    drawn from torch's generator; nothing in evaluation."""
-    layer = kernels.Dropout(0.2)
-    x = torch.ones(100, 1001, dtype=dtype, requires_grad=True)
-    torch.manual_seed(5)
-    first, second = layer(x), layer(x)
-    torch.manual_seed(5)
-    assert torch.equal(first, layer(x)) and not torch.equal(first, second) and first.dtype == dtype
-    assert (first == 0).float().mean().item() == pytest.approx(0.2, abs=0.01)
-    assert first.float().unique().tolist() == pytest.approx([0, 1.25], rel=4e-3)
-    first.sum().backward()
-    assert torch.equal(x.grad, first.detach())
-    assert layer.eval()(x) is x
-
-
 def test_large_scores_in_half_precision():
     """Scores above 65,504, the largest fp16 number, decide for one key as they should, with dropout or without."""
     q = torch.full((1, 1, 2, 16), 200.0, dtype=torch.float16)
