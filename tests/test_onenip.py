@@ -805,7 +805,9 @@ def test_every_ablation_runs(words, tiny_data, tmp_path, command, metrics_of):
 
 
 def test_features_computed_on_the_fly_train_the_same_model(tiny_data, tmp_path, command):
-    words = ("--data", tiny_data, "--classes", "screw,capsule", *SMALL, "--steps", 3, "--log-every", 1)
+    # principal axes of nearly equal variance turn with the last digits of the features
+    words = ("--data", tiny_data, "--classes", "screw,capsule", *SMALL, "--steps", 3, "--log-every", 1,
+             "--init", "xavier")
     contract.check_features_on_the_fly(onenip, words, tmp_path, command)
 
 
