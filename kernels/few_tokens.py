@@ -90,7 +90,9 @@ def folding_pays(queries, memory, width, heads):
 
     Both counts are per image and divided by 4 C. Folded: the map meets H l rows of width C, twice;
     the tokens go through four products with a C x C matrix. Usual: two such products and the
-    attention for each position of the map, and two products for each token.
+    attention for each position of the map, and two products for each token. On a CPU the count
+    decides right: in fp32 the times cross where it says, at about as many folded tokens as
+    channels (`python -m kernels.bench --cpu`, docs/gpu.md).
     """
     few, many = min(queries, memory), max(queries, memory)
     folded = many * heads * few + 2 * few * width
@@ -211,12 +213,16 @@ def tokens_read_torch(tokens, x, eps):
 
 
 def map_reads_torch(x, keys, bias, values, out_bias, heads, eps):
-    """`map_reads` in plain PyTorch."""
+    """`map_reads` in plain PyTorch.
+
+    Positions last: a CPU's softmax over ten numbers that lie side by side takes several times as
+    long as over ten rows.
+    """
     z = standardise(x, eps)  # (B, N, C)
-    scores = torch.baddbmm(bias[:, None], z, keys.transpose(1, 2))  # (B, N, H M)
-    by_head = scores.unflatten(2, (heads, -1))  # (B, N, H M) -> (B, N, H, M)
-    weights = by_head.softmax(dim=3).flatten(2)  # (B, N, H, M) -> (B, N, H M)
-    return torch.baddbmm(out_bias[None, None], weights, values)
+    scores = torch.baddbmm(bias[:, :, None], keys, z.transpose(1, 2))  # (B, H M, N)
+    by_head = scores.unflatten(1, (heads, -1))  # (B, H M, N) -> (B, H, M, N)
+    weights = by_head.softmax(dim=2).flatten(1, 2)  # (B, H, M, N) -> (B, H M, N)
+    return torch.baddbmm(out_bias[None, None], weights.transpose(1, 2), values)
 
 
 # --------------------------------------------------------------------------------------------------
