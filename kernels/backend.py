@@ -28,11 +28,12 @@ except ImportError:  # macOS, Windows, or a Linux without the package
         def jit(function=None, **options):
             return function or (lambda function: function)
 
-    HAS_TRITON, INTERLEAVE = False, None
+    HAS_TRITON, VERSION, INTERLEAVE = False, None, None
 else:
     HAS_TRITON = True
+    VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
     # before 3.4 the compiler cannot transpose what `tl.interleave` makes
-    INTERLEAVE = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4))
+    INTERLEAVE = tl.constexpr(VERSION >= (3, 4))
 
 # Triton decides when it reads a kernel, so do we
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"

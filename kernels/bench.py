@@ -67,10 +67,14 @@ FEW_TOKENS_LAPTOP = {
     "ROADS laptop 24x24": (4, 10, 576, 40, 1),
     "ROADS laptop 48x48": (4, 10, 2304, 24, 1),
 }
-# sizes that no method uses, for the compiler: odd and padded heads
+# for the compiler: odd and padded heads, which no method has; maps where programs are few, or wide
 ODD_ATTENTION = {
     "D = 33": (2, 2, 4, 300, 300, 33, None, 0.1),
     "D = 100": (2, 2, 4, 300, 300, 100, None, 0.1),
+}
+ODD_COSINE = {
+    "one image": (1, [(1024, 16, 16)], (256, 256)),
+    "w = 512": (1, [(64, 512, 512)], (512, 512)),
 }
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -47,8 +47,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .backend import (
-    INTERLEAVE, INTERPRET, autocast, compare, cores, opaque, tl, trial, trial_tensors, triton,
-    use_triton,
+    INTERLEAVE, INTERPRET, VERSION, autocast, compare, cores, opaque, tl, trial, trial_tensors,
+    triton, use_triton,
 )
 
 LOG2E = 1.4426950408889634  # the kernels use exp2, the GPU's native function
@@ -57,8 +57,11 @@ TILES = {
     (False, 16): (64, 4), (False, 32): (64, 4), (False, 64): (64, 8), (False, 128): (32, 4),
     (True, 16): (64, 8), (True, 32): (32, 4), (True, 64): (32, 8), (True, 128): (16, 8),
 }
-PROGRAMS_PER_CORE = 4  # split a long side until each core of the card has so many programs,
-BLOCKS_PER_SPLIT = 4  # but leave each of them at least this many blocks to walk over
+if VERSION == (3, 2):  # its compiler, that of PyTorch 2.6, dies of the larger tile on an H100
+    TILES[False, 64] = (32, 4)
+WARPS_PER_CORE = 16  # split a long side until each core of the card has so many warps, which fill
+# its 65,536 registers with 128 a thread,
+BLOCKS_PER_SPLIT = 4  # but leave each program at least this many blocks to walk over
 
 
 def cross_attention(
@@ -704,11 +707,11 @@ def registers(most):
     return {} if torch.version.hip else {"maxnreg": most}
 
 
-def split(programs, length, block, device):
-    """(splits, tokens per split): cut a side of `length` tokens until the card has enough
-    programs."""
+def split(programs, warps, length, block, device):
+    """(splits, tokens per split): cut a side of `length` tokens, which `programs` of so many warps
+    walk along, until the card is full."""
     blocks = triton.cdiv(length, block)
-    wanted = PROGRAMS_PER_CORE * cores(device) // programs
+    wanted = WARPS_PER_CORE * cores(device) // (programs * warps)
     splits = max(1, min(wanted, blocks // BLOCKS_PER_SPLIT))
     per_split = triton.cdiv(blocks, splits)
     return triton.cdiv(blocks, per_split), per_split * block
@@ -758,7 +761,7 @@ def attention_triton(q, k, v, seed, scale, window, dropout_p):
                 *inputs, *_rows(o), *rows, H, N, M, *numbers, **flags
             )
             return o, rows
-        splits, chunk = split(B * H * query_blocks, M, block_m, q.device)
+        splits, chunk = split(B * H * query_blocks, tile["num_warps"], M, block_m, q.device)
         parts, part_rows = o[None], rows[:, None]
         if splits > 1:
             parts = _empty(splits, B, H, N, D, like=q, dtype=torch.float32)
@@ -786,6 +789,7 @@ def _backward_shapes(do, q, k, v, o, rows, seed, scale, window, dropout_p):
 )
 def attention_grad_triton(do, q, k, v, o, rows, seed, scale, window, dropout_p):
     """Gradients of q, k and v, from that of the output, do (B, H, N, D)."""
+    do = do if do.stride(3) == 1 else do.contiguous()
     (B, H, N, _), M, device = o.shape, k.shape[2], q.device
     block_n, block_m, tile = _tiles(q, k, v, do)
     _, width, radius = window or (0, 1, 0)
@@ -799,8 +803,9 @@ def attention_grad_triton(do, q, k, v, o, rows, seed, scale, window, dropout_p):
 
     all_keys = key_blocks == 1
     all_queries = query_blocks == 1 and not all_keys
-    query_splits, query_chunk = split(B * H * key_blocks, N, block_n, device)
-    key_splits, key_chunk = split(B * H * query_blocks, M, block_m, device)
+    warps = flags["num_warps"]
+    query_splits, query_chunk = split(B * H * key_blocks, warps, N, block_n, device)
+    key_splits, key_chunk = split(B * H * query_blocks, warps, M, block_m, device)
     # one partial gradient per split, and per image where all images share the tokens
     dq, dq_parts = _gradient(q, B, 1 if all_keys else key_splits)
     dk, dk_parts = _gradient(k, B, 1 if all_queries else query_splits)
@@ -855,7 +860,6 @@ class _CrossAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
-        do = do if do.stride(3) == 1 else do.contiguous()
         return *attention_grad_triton(do, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
