@@ -138,7 +138,8 @@ def compile_attention(shape, dtype, arch):
     """The kernels of one forward and backward call, compiled for sm_{arch}."""
     *_, window, dropout_p = shape
     q, k, v = attention_inputs(shape, dtype, "meta")
-    options = (torch.tensor(12345), q.shape[3] ** -0.5, list(window or []), dropout_p)
+    seed = torch.empty((), dtype=torch.int64, device="meta") if dropout_p > 0 else None
+    options = (seed, q.shape[3] ** -0.5, list(window or []), dropout_p)
     with aot.recording(arch) as kernels:
         o, rows = attention_triton(q, k, v, *options)
         attention_grad_triton(torch.empty_like(o), q, k, v, o, rows, *options)
