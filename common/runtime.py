@@ -1146,9 +1146,13 @@ def _speak_when_terminated():
     signal.signal(signal.SIGTERM, lambda *_: None)  # a handler at all: Python tells the pipe
     signal.set_wakeup_fd(end)
 
+    def blocked(how):  # while a process forks, which has the same handler and pipe for a moment
+        signal.pthread_sigmask(how, [signal.SIGTERM])
+
     def as_ever():
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        blocked(signal.SIG_UNBLOCK)
 
     def wait():
         while os.read(pipe, 1)[0] != signal.SIGTERM:
@@ -1158,7 +1162,11 @@ def _speak_when_terminated():
         _tell("another process of this run has ended, or torchrun was stopped", folder.kept())
         os._exit(2)
 
-    os.register_at_fork(after_in_child=as_ever)
+    os.register_at_fork(
+        before=functools.partial(blocked, signal.SIG_BLOCK),
+        after_in_parent=functools.partial(blocked, signal.SIG_UNBLOCK),
+        after_in_child=as_ever,
+    )
     threading.Thread(target=wait, daemon=True).start()
 
 
