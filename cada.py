@@ -644,7 +644,7 @@ class RevDist(nn.Module):
 
     def forward(self, maps, images):
         phi = self.neck(*maps)
-        return maps, [f.float() for f in self.decoder(phi)], phi
+        return maps, self.decoder(phi), phi
 
     @staticmethod
     def loss(targets, rebuilt, progress, args):
@@ -701,10 +701,10 @@ class ReContrast(RevDist):
         decoded = self.decoder(phi)  # three (2B, C, h, w): from E's maps, from E₀'s
         rebuilt = []
         for head, f in zip(self.heads[0], decoded):
-            rebuilt.append(head(f[:b]).float())  # from E's half, for E₀'s maps
+            rebuilt.append(head(f[:b]))  # from E's half, for E₀'s maps
         for head, f in zip(self.heads[1], decoded):
-            rebuilt.append(head(f[b:]).float())  # from E₀'s half, for E's maps
-        targets = [*maps, *(f.detach().float() for f in trained)]
+            rebuilt.append(head(f[b:]))  # from E₀'s half, for E's maps
+        targets = [*maps, *(f.detach() for f in trained)]
         return targets, rebuilt, phi[b:]
 
     @staticmethod
@@ -721,7 +721,7 @@ def hard_mining(target, rebuilt, k):
     """`rebuilt` (B, C, h, w) unchanged, but no gradient where 1 - cos is below mean + k std of the
     step's whole batch, the other processes' images included."""
     with torch.no_grad():
-        distance = 1 - F.cosine_similarity(target, rebuilt, dim=1)  # (B, h, w)
+        distance = 1 - F.cosine_similarity(target.float(), rebuilt.float(), dim=1)  # (B, h, w)
         mean, std = moments(distance)
         hard = (distance >= mean + k * std)[:, None]  # (B, 1, h, w)
     mined = rebuilt.view_as(rebuilt)  # a node of its own in the graph

@@ -397,7 +397,7 @@ def start(args, method):
     `args.threads` becomes the number that was chosen. Raises `UsageError` if the device is not
     there or the folder cannot be had (see `folder.refuse`).
     """
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    world, rank = _world(), int(os.environ.get("RANK", 0))
     device = _device(args)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -1164,6 +1164,8 @@ def launch(main):
     """
     warnings.formatwarning = _one_line
     options.any_output()
+    if _world() > 1 and hasattr(os, "register_at_fork"):
+        _speak_when_terminated()
     if signal.getsignal(signal.SIGINT) is options.interrupted_early:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -1187,12 +1189,55 @@ def launch(main):
         if dist.is_initialized():
             dist.destroy_process_group()
         options.flush_output()
-    prefix = ""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        prefix = f"[rank {os.environ['RANK']}] "
+    _tell(message, kept)
+    sys.exit(status)
+
+
+def _world():
+    """Processes of this run, by torchrun's word."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _tell(message, kept):
+    """The line on stderr in which a run ends that does not end well."""
+    prefix = f"[rank {os.environ['RANK']}] " if _world() > 1 else ""
     line = f"{prefix}{Path(sys.argv[0]).name}: {message}"
     options.tell(f"{line}; {kept}" if kept else line)
-    sys.exit(status)
+
+
+def _speak_when_terminated():
+    """When one process of a run dies, torchrun sends SIGTERM to the others: end in a line then too.
+
+    A thread waits for the signal, since the main thread may be waiting for a GPU whose partner is
+    gone, forever, and runs no handler there. Forked processes, the loader's, end as they always do.
+    """
+    pipe, end = os.pipe()
+    os.set_blocking(end, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # a handler at all: Python tells the pipe
+    signal.set_wakeup_fd(end)
+
+    def blocked(how):  # while a process forks, which has the same handler and pipe for a moment
+        signal.pthread_sigmask(how, [signal.SIGTERM])
+
+    def as_ever():
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        blocked(signal.SIG_UNBLOCK)
+
+    def wait():
+        while os.read(pipe, 1)[0] != signal.SIGTERM:
+            pass
+        time.sleep(3)  # most often the main thread has noticed, and says it itself
+        wait_for_writers()
+        _tell("another process of this run has ended, or torchrun was stopped", folder.kept())
+        os._exit(2)
+
+    os.register_at_fork(
+        before=functools.partial(blocked, signal.SIG_BLOCK),
+        after_in_parent=functools.partial(blocked, signal.SIG_UNBLOCK),
+        after_in_child=as_ever,
+    )
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _lost_a_process(error):

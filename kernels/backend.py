@@ -28,11 +28,12 @@ except ImportError:  # macOS, Windows, or a Linux without the package
         def jit(function=None, **options):
             return function or (lambda function: function)
 
-    HAS_TRITON, INTERLEAVE = False, None
+    HAS_TRITON, VERSION, INTERLEAVE = False, None, None
 else:
     HAS_TRITON = True
+    VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
     # before 3.4 the compiler cannot transpose what `tl.interleave` makes
-    INTERLEAVE = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4))
+    INTERLEAVE = tl.constexpr(VERSION >= (3, 4))
 
 # Triton decides when it reads a kernel, so do we
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -223,21 +224,28 @@ def autocast(*tensors):
 
 
 _library = torch.library.Library("anomaly_kernels", "DEF")
+# of an operation that reads a number on the CPU: a replayed graph would not ask again. Where PyTorch
+# has no such tag, it makes no CUDA graph if anything is computed on the CPU, as a seed is
+NO_CUDA_GRAPH = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
 
 
-def opaque(schema, shapes):
+def opaque(schema, shapes, tags=()):
     """Decorator: for torch.compile the function is one operation, which it does not look into.
 
     schema: its arguments and results, as `torch.library` writes them; it must not change its
-    arguments, nor return them. shapes: function of the same arguments that returns empty tensors
-    like the results. A kernel's launch reads addresses and strides, which do not exist while
-    torch.compile traces. Outside torch.compile the function is called directly, since going through
-    PyTorch's dispatcher takes as long as launching a kernel.
+    arguments, nor return them, nor two results that share memory. shapes: function of the same
+    arguments that returns empty tensors like the results. Outside torch.compile the function is
+    called directly, since going through PyTorch's dispatcher takes as long as launching a kernel.
+
+    Why not `torch.library.triton_op`, into which torch.compile does look: it could fuse nothing
+    into these kernels, and their launches depend on addresses (how many bytes a load may move),
+    which do not exist while it traces. PyTorch 2.6 also takes no kernel that is interpreted, so
+    that no test without a GPU could run what was compiled.
     """
 
     def decorate(function):
         name = function.__name__
-        _library.define(name + schema)
+        _library.define(name + schema, tags=tags)
         _library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"anomaly_kernels::{name}", shapes, lib=_library)
         operation = getattr(torch.ops.anomaly_kernels, name)

@@ -61,10 +61,20 @@ FEW_TOKENS = {
     "ROADS 32x32": (16, 10, 1024, 512, 16),
     "ROADS 64x64": (16, 10, 4096, 256, 8),
 }
-# sizes that no method uses, for the compiler: odd and padded heads
+# those of its laptop preset, as the CPU meets them
+FEW_TOKENS_LAPTOP = {
+    "ROADS laptop 12x12": (4, 10, 144, 112, 2),
+    "ROADS laptop 24x24": (4, 10, 576, 40, 1),
+    "ROADS laptop 48x48": (4, 10, 2304, 24, 1),
+}
+# for the compiler: odd and padded heads, which no method has; maps where programs are few, or wide
 ODD_ATTENTION = {
     "D = 33": (2, 2, 4, 300, 300, 33, None, 0.1),
     "D = 100": (2, 2, 4, 300, 300, 100, None, 0.1),
+}
+ODD_COSINE = {
+    "one image": (1, [(1024, 16, 16)], (256, 256)),
+    "w = 512": (1, [(64, 512, 512)], (512, 512)),
 }
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -128,7 +138,8 @@ def compile_attention(shape, dtype, arch):
     """The kernels of one forward and backward call, compiled for sm_{arch}."""
     *_, window, dropout_p = shape
     q, k, v = attention_inputs(shape, dtype, "meta")
-    options = (torch.tensor(12345), q.shape[3] ** -0.5, list(window or []), dropout_p)
+    seed = torch.empty((), dtype=torch.int64, device="meta") if dropout_p > 0 else None
+    options = (seed, q.shape[3] ** -0.5, list(window or []), dropout_p)
     with aot.recording(arch) as kernels:
         o, rows = attention_triton(q, k, v, *options)
         attention_grad_triton(torch.empty_like(o), q, k, v, o, rows, *options)
@@ -277,11 +288,13 @@ def published_attention(q, k, v, bias, dropout_p):
 def few_token_times():
     """(title, times) of ROADS's reads with their norms and projections; "published" is the usual
     form."""
-    for name, (_, tokens, positions, width, heads) in FEW_TOKENS.items():
+    for name, shape in (FEW_TOKENS | FEW_TOKENS_LAPTOP).items():
+        batch, tokens, positions, width, heads = shape
+        batch = min(batch, 4)
         parts = [torch.nn.LayerNorm(width) for _ in range(2)]
         parts += [torch.nn.Linear(width, width) for _ in range(4)]
-        few = torch.randn(2, tokens, width, requires_grad=True)
-        many = torch.randn(2, positions, width, requires_grad=True)
+        few = torch.randn(batch, tokens, width, requires_grad=True)
+        many = torch.randn(batch, positions, width, requires_grad=True)
         leaves = [few, many, *(p for part in parts for p in part.parameters())]
         for title, pair in (("prompts read", (few, many)), ("image reads", (many, few))):
             inputs = (*pair, *parts, heads)
@@ -290,8 +303,8 @@ def few_token_times():
                     "published": functools.partial(few_token_formula, *inputs),
                     "ours": functools.partial(few_token_attention, *inputs),
                 })
-            yield f"{name}, {title}, forward, batch 2", times
-            yield f"{name}, {title}, forward + backward, batch 2", best_of({
+            yield f"{name}, {title}, forward, batch {batch}", times
+            yield f"{name}, {title}, forward + backward, batch {batch}", best_of({
                 "published": gradient(few_token_formula, inputs, leaves),
                 "ours": gradient(few_token_attention, inputs, leaves),
             })

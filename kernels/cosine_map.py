@@ -450,11 +450,19 @@ def _flat(x):
     return x.stride(2) == x.shape[3] * x.stride(3)
 
 
-def _tile(x):
-    """Channels and locations per program: 16 locations where 64 would keep half the card idle."""
-    blocks = x.shape[0] * triton.cdiv(x.shape[2] * x.shape[3], 64)
-    block_p = 64 if blocks >= 2 * cores(x.device) else 16
-    return dict(BLOCK_C=2048 // block_p, BLOCK_P=block_p)
+def _tile(x, wide=False):
+    """Channels and locations per program: 16 locations where 64 would keep half the card idle.
+
+    wide: where 16 do so too, up to 16 warps share the channels, for programs that walk over all of
+    them: as many loads are under way at once as if several programs did, and no sums of parts.
+    """
+    B, C, h, w = x.shape
+    enough = 2 * cores(x.device)
+    block_p = 64 if B * triton.cdiv(h * w, 64) >= enough else 16
+    warps = 4
+    if wide and B * triton.cdiv(h * w, block_p) < enough:
+        warps = max(4, min(16, triton.next_power_of_2(C) // 32))
+    return dict(BLOCK_C=512 * warps // block_p, BLOCK_P=block_p, num_warps=warps)
 
 
 @functools.lru_cache(maxsize=16)
@@ -479,7 +487,7 @@ def moments_triton(teachers, students):
     result = torch.empty(3, B, sum(cells), dtype=torch.float32, device=device)
     for t, s, out in zip(teachers, students, result.split(cells, dim=2)):
         _, C, h, w = s.shape
-        tile = _tile(s)
+        tile = _tile(s, wide=True)
         _moments_kernel[(B, triton.cdiv(h * w, tile["BLOCK_P"]))](
             t, *t.stride(), s, *s.stride(), out, *out.stride()[:2], C, h * w, w,
             FLAT_T=_flat(t), FLAT_S=_flat(s), **tile,

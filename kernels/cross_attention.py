@@ -47,8 +47,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .backend import (
-    INTERLEAVE, INTERPRET, autocast, compare, cores, opaque, tl, trial, trial_tensors, triton,
-    use_triton,
+    INTERLEAVE, INTERPRET, NO_CUDA_GRAPH, VERSION, autocast, compare, cores, opaque, tl, trial,
+    trial_tensors, triton, use_triton,
 )
 
 LOG2E = 1.4426950408889634  # the kernels use exp2, the GPU's native function
@@ -57,8 +57,11 @@ TILES = {
     (False, 16): (64, 4), (False, 32): (64, 4), (False, 64): (64, 8), (False, 128): (32, 4),
     (True, 16): (64, 8), (True, 32): (32, 4), (True, 64): (32, 8), (True, 128): (16, 8),
 }
-PROGRAMS_PER_CORE = 4  # split a long side until each core of the card has so many programs,
-BLOCKS_PER_SPLIT = 4  # but leave each of them at least this many blocks to walk over
+if VERSION == (3, 2):  # its compiler, that of PyTorch 2.6, dies of the larger tile on an H100
+    TILES[False, 64] = (32, 4)
+WARPS_PER_CORE = 16  # split a long side until each core of the card has so many warps, which fill
+# its 65,536 registers with 128 a thread,
+BLOCKS_PER_SPLIT = 4  # but leave each program at least this many blocks to walk over
 
 
 def cross_attention(
@@ -97,16 +100,18 @@ def cross_attention(
         # torch.compile wants an autograd.Function's arguments to differ from each other
         q = q.view_as(q) if q is k or q is v else q
         v = v.view_as(v) if v is k else v
+        if seed is not None:  # the kernels read it there, so a CUDA graph draws anew at each replay
+            seed = seed.to(q.device, non_blocking=True)
         return _CrossAttention.apply(q, k, v, seed, scale, window, dropout_p)
     return cross_attention_torch(q, k, v, scale, window, dropout_p, seed)
 
 
 def _seed(seed, dropout_p):
-    """The seed as a tensor, which torch.compile can pass along as it cannot a drawn int; int64,
-    ()."""
-    if seed is not None:
-        return torch.tensor(seed)
-    return torch.randint(2**31 - 1, ()) if dropout_p > 0 else torch.tensor(0)
+    """The seed as a tensor, int64, (): torch.compile can pass that along, as it cannot a drawn int.
+    None without dropout."""
+    if dropout_p == 0:
+        return None
+    return torch.randint(2**31 - 1, ()) if seed is None else torch.tensor(seed)
 
 
 def _check(q, k, v, scale, window, dropout_p):
@@ -229,7 +234,7 @@ def _keep_shapes(weights, dropout_p, seed):
     return torch.empty_like(weights, dtype=torch.bool, memory_format=torch.contiguous_format)
 
 
-@opaque("(Tensor weights, float dropout_p, Tensor seed) -> Tensor", _keep_shapes)
+@opaque("(Tensor weights, float dropout_p, Tensor seed) -> Tensor", _keep_shapes, NO_CUDA_GRAPH)
 def _dropout_keep(weights, dropout_p, seed):
     """True where an attention weight survives dropout, drawn from `seed`; (B, H, N, M) bool.
 
@@ -307,23 +312,25 @@ def _kept(n, first_m, M, bh, seed, dropout_p, BLOCK_M: tl.constexpr):
     """True where the weights of queries n and keys first_m, ... survive dropout: (BLOCK_N,
     BLOCK_M).
 
-    Philox turns (seed, position) into random bits without any state, so that the backward kernels,
-    which visit the weights in another order, find the same ones dropped. It gives four words at a
-    time, for four keys that follow each other; first_m is a multiple of four. Interleaving lays
-    them out side by side: a c a c ... and b d b d ... become a b c d a b c d ... Where the
-    compiler cannot do that, every weight draws all four words and keeps its own.
+    seed points to an int64. Philox turns (seed, position) into random bits without any state, so
+    that the backward kernels, which visit the weights in another order, find the same ones
+    dropped. It gives four words at a time, for four keys that follow each other; first_m is a
+    multiple of four. Interleaving lays them out side by side: a c a c ... and b d b d ... become
+    a b c d a b c d ... Where the compiler cannot do that, every weight draws all four words and
+    keeps its own.
     """
+    key = tl.load(seed)
     if INTERLEAVE:
         four = first_m // 4 + tl.arange(0, BLOCK_M // 4)
         position = n[:, None] * tl.cdiv(M, 4) + four[None, :]
         zero = position * 0
-        a, b, c, d = tl.philox(seed, position, zero + bh, zero, zero)  # (BLOCK_N, BLOCK_M / 4) each
+        a, b, c, d = tl.philox(key, position, zero + bh, zero, zero)  # (BLOCK_N, BLOCK_M / 4) each
         bits = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))  # (BLOCK_N, BLOCK_M)
     else:
         m = first_m + tl.arange(0, BLOCK_M)[None, :]
         position = n[:, None] * tl.cdiv(M, 4) + m // 4
         zero = position * 0
-        a, b, c, d = tl.philox(seed, position, zero + bh, zero, zero)  # (BLOCK_N, BLOCK_M) each
+        a, b, c, d = tl.philox(key, position, zero + bh, zero, zero)  # (BLOCK_N, BLOCK_M) each
         ab, cd = tl.where(m % 4 == 0, a, b), tl.where(m % 4 == 2, c, d)
         bits = tl.where(m % 4 < 2, ab, cd)
     uniform = (bits >> 8).to(tl.float32) * (1.0 / 16777216)  # 24 bits: all of [0, 1) exact in fp32
@@ -336,7 +343,7 @@ def _drop(p, kept, dropout_p):
     return tl.where(kept, p * (1 / (1 - dropout_p)), 0.0)
 
 
-@triton.jit(do_not_specialize=["seed"])  # one compilation for all seeds
+@triton.jit
 def _few_keys_kernel(
     q, q_b, q_h, q_n,  # queries (B, H, N, D) and their strides
     k, k_b, k_h, k_m,  # keys (B, H, M, D)
@@ -380,7 +387,7 @@ def _few_keys_kernel(
     tl.store(totals + bh.to(tl.int64) * N + n, total, mask=n < N)
 
 
-@triton.jit(do_not_specialize=["seed"])  # one compilation for all seeds
+@triton.jit
 def _many_keys_kernel(
     q, q_b, q_h, q_n,  # queries (B, H, N, D) and their strides
     k, k_b, k_h, k_m,  # keys (B, H, M, D)
@@ -512,7 +519,7 @@ def _softmax_rows(tops, totals, delta, bh, n, N):
     return top, 1 / total, tl.load(delta + row, mask=n < N, other=0.0)
 
 
-@triton.jit(do_not_specialize=["seed"])  # one compilation for all seeds
+@triton.jit
 def _grad_keys_kernel(
     q, q_b, q_h, q_n,  # queries (B, H, N, D) and their strides
     k, k_b, k_h, k_m,  # keys (B, H, M, D)
@@ -573,7 +580,7 @@ def _grad_keys_kernel(
     _store_rows(dv, offset, m, dk_m, M, dv_tile, D, BLOCK_D, ALIGN)
 
 
-@triton.jit(do_not_specialize=["seed"])  # one compilation for all seeds
+@triton.jit
 def _grad_queries_kernel(
     q, q_b, q_h, q_n,  # queries (B, H, N, D) and their strides
     k, k_b, k_h, k_m,  # keys (B, H, M, D)
@@ -704,11 +711,11 @@ def registers(most):
     return {} if torch.version.hip else {"maxnreg": most}
 
 
-def split(programs, length, block, device):
-    """(splits, tokens per split): cut a side of `length` tokens until the card has enough
-    programs."""
+def split(programs, warps, length, block, device):
+    """(splits, tokens per split): cut a side of `length` tokens, which `programs` of so many warps
+    walk along, until the card is full."""
     blocks = triton.cdiv(length, block)
-    wanted = PROGRAMS_PER_CORE * cores(device) // programs
+    wanted = WARPS_PER_CORE * cores(device) // (programs * warps)
     splits = max(1, min(wanted, blocks // BLOCKS_PER_SPLIT))
     per_split = triton.cdiv(blocks, splits)
     return triton.cdiv(blocks, per_split), per_split * block
@@ -733,7 +740,7 @@ def _forward_shapes(q, k, v, seed, scale, window, dropout_p):
 
 
 @opaque(
-    "(Tensor q, Tensor k, Tensor v, Tensor seed, float scale, int[] window, float dropout_p) "
+    "(Tensor q, Tensor k, Tensor v, Tensor? seed, float scale, int[] window, float dropout_p) "
     "-> (Tensor, Tensor)",
     _forward_shapes,
 )
@@ -746,7 +753,7 @@ def attention_triton(q, k, v, seed, scale, window, dropout_p):
     B = max(B, k.shape[0])
     block_n, block_m, tile = _tiles(q, k, v)
     _, width, radius = window or (0, 1, 0)
-    numbers = (scale * LOG2E, width, radius, int(seed), dropout_p)
+    numbers = (scale * LOG2E, width, radius, seed, dropout_p)
     flags = dict(**tile, BLOCK_N=block_n, BLOCK_M=block_m, **_flags(q, window, dropout_p))
     o = _empty(B, H, N, D, like=q)
     rows = torch.empty(2, B, H, N, dtype=torch.float32, device=q.device)
@@ -758,7 +765,7 @@ def attention_triton(q, k, v, seed, scale, window, dropout_p):
                 *inputs, *_rows(o), *rows, H, N, M, *numbers, **flags
             )
             return o, rows
-        splits, chunk = split(B * H * query_blocks, M, block_m, q.device)
+        splits, chunk = split(B * H * query_blocks, tile["num_warps"], M, block_m, q.device)
         parts, part_rows = o[None], rows[:, None]
         if splits > 1:
             parts = _empty(splits, B, H, N, D, like=q, dtype=torch.float32)
@@ -780,27 +787,29 @@ def _backward_shapes(do, q, k, v, o, rows, seed, scale, window, dropout_p):
 
 
 @opaque(
-    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor rows, Tensor seed, float scale, "
+    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor rows, Tensor? seed, float scale, "
     "int[] window, float dropout_p) -> (Tensor, Tensor, Tensor)",
     _backward_shapes,
 )
 def attention_grad_triton(do, q, k, v, o, rows, seed, scale, window, dropout_p):
     """Gradients of q, k and v, from that of the output, do (B, H, N, D)."""
+    do = do if do.stride(3) == 1 else do.contiguous()
     (B, H, N, _), M, device = o.shape, k.shape[2], q.device
     block_n, block_m, tile = _tiles(q, k, v, do)
     _, width, radius = window or (0, 1, 0)
     flags = dict(**tile, BLOCK_N=block_n, BLOCK_M=block_m, **_flags(q, window, dropout_p))
     if window and dropout_p > 0:
         flags["num_warps"] = 8  # both at once take registers: spread them over more threads
-    numbers = (scale, scale * LOG2E, width, radius, int(seed), dropout_p)
+    numbers = (scale, scale * LOG2E, width, radius, seed, dropout_p)
     query_blocks, key_blocks = triton.cdiv(N, block_n), triton.cdiv(M, block_m)
     delta = torch.empty(B, H, N, dtype=torch.float32, device=device)
     inputs = (*_rows(q), *_rows(k), *_rows(v), *_rows(do), *rows, delta)
 
     all_keys = key_blocks == 1
     all_queries = query_blocks == 1 and not all_keys
-    query_splits, query_chunk = split(B * H * key_blocks, N, block_n, device)
-    key_splits, key_chunk = split(B * H * query_blocks, M, block_m, device)
+    warps = flags["num_warps"]
+    query_splits, query_chunk = split(B * H * key_blocks, warps, N, block_n, device)
+    key_splits, key_chunk = split(B * H * query_blocks, warps, M, block_m, device)
     # one partial gradient per split, and per image where all images share the tokens
     dq, dq_parts = _gradient(q, B, 1 if all_keys else key_splits)
     dk, dk_parts = _gradient(k, B, 1 if all_queries else query_splits)
@@ -855,7 +864,6 @@ class _CrossAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
-        do = do if do.stride(3) == 1 else do.contiguous()
         return *attention_grad_triton(do, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 

@@ -90,7 +90,9 @@ def folding_pays(queries, memory, width, heads):
 
     Both counts are per image and divided by 4 C. Folded: the map meets H l rows of width C, twice;
     the tokens go through four products with a C x C matrix. Usual: two such products and the
-    attention for each position of the map, and two products for each token.
+    attention for each position of the map, and two products for each token. On a CPU the count
+    decides right: in fp32 the times cross where it says, at about as many folded tokens as
+    channels (`python -m kernels.bench --cpu`, docs/gpu.md).
     """
     few, many = min(queries, memory), max(queries, memory)
     folded = many * heads * few + 2 * few * width
@@ -211,12 +213,16 @@ def tokens_read_torch(tokens, x, eps):
 
 
 def map_reads_torch(x, keys, bias, values, out_bias, heads, eps):
-    """`map_reads` in plain PyTorch."""
+    """`map_reads` in plain PyTorch.
+
+    Positions last: a CPU's softmax over ten numbers that lie side by side takes several times as
+    long as over ten rows.
+    """
     z = standardise(x, eps)  # (B, N, C)
-    scores = torch.baddbmm(bias[:, None], z, keys.transpose(1, 2))  # (B, N, H M)
-    by_head = scores.unflatten(2, (heads, -1))  # (B, N, H M) -> (B, N, H, M)
-    weights = by_head.softmax(dim=3).flatten(2)  # (B, N, H, M) -> (B, N, H M)
-    return torch.baddbmm(out_bias[None, None], weights, values)
+    scores = torch.baddbmm(bias[:, :, None], keys, z.transpose(1, 2))  # (B, H M, N)
+    by_head = scores.unflatten(1, (heads, -1))  # (B, H M, N) -> (B, H, M, N)
+    weights = by_head.softmax(dim=2).flatten(1, 2)  # (B, H, M, N) -> (B, H M, N)
+    return torch.baddbmm(out_bias[None, None], weights.transpose(1, 2), values)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -513,7 +519,7 @@ def tokens_read_triton(tokens, x, eps):
     (B, R, C), M, device = tokens.shape, x.shape[1], tokens.device
     tile = _tile(x, tokens)
     blocks = triton.cdiv(R, BLOCK_R)
-    splits, chunk = split(B * blocks, M, tile["BLOCK_M"], device)
+    splits, chunk = split(B * blocks, tile["num_warps"], M, tile["BLOCK_M"], device)
     out = torch.empty_like(tokens)
     rows = torch.empty(2, B, R, dtype=torch.float32, device=device)
     parts, part_rows = out[None], rows[:, None]
@@ -548,7 +554,7 @@ def tokens_read_grad_triton(do, tokens, x, out, rows, eps):
     dx = torch.empty_like(x)
     tile = _tile(x, tokens, do, dx)
     blocks = triton.cdiv(R, BLOCK_R)
-    splits, chunk = split(B * blocks, M, tile["BLOCK_M"], device)
+    splits, chunk = split(B * blocks, tile["num_warps"], M, tile["BLOCK_M"], device)
     delta = torch.empty(B, R, dtype=torch.float32, device=device)
     parts = torch.empty(splits, B, R, C, dtype=torch.float32, device=device)
     with torch.cuda.device_of(x):
@@ -617,13 +623,14 @@ def _map_read_grad_shapes(do, x, keys, bias, values, heads, eps):
 )
 def map_reads_grad_triton(do, x, keys, bias, values, heads, eps):
     """Gradients of the map, keys, bias and values."""
+    do = do if do.stride(2) == 1 else do.contiguous()
     (B, M, C), R, device = x.shape, keys.shape[1], x.device
     L = R // heads
     dx = torch.empty_like(x)
     tile = _tile(x, keys, values, do, dx)
     tile["BLOCK_L"] = max(16, triton.next_power_of_2(L))
-    splits, chunk = split(B * heads, M, tile["BLOCK_M"], device)
-    dk, dv = torch.empty(2, splits, B, R, C, dtype=torch.float32, device=device)
+    splits, chunk = split(B * heads, tile["num_warps"], M, tile["BLOCK_M"], device)
+    dk, dv = (torch.empty(splits, B, R, C, dtype=torch.float32, device=device) for _ in range(2))
     db = torch.empty(splits, B, R, dtype=torch.float32, device=device)
     shared = (x, *x.stride()[:2], do, *do.stride()[:2], keys, bias, values)
     with torch.cuda.device_of(x):
@@ -652,7 +659,6 @@ class _MapReads(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
-        do = do if do.stride(2) == 1 else do.contiguous()
         dx, dk, db, dv = map_reads_grad_triton(do, *ctx.saved_tensors, *ctx.options)
         return dx, dk, db, dv, do.sum(dim=(0, 1), dtype=torch.float32), None, None
 

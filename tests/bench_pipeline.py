@@ -10,9 +10,11 @@ The numbers of docs/gpu.md come from here.
 """
 
 import argparse
+import contextlib
 import time
 import warnings
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ import omniad
 import onenip
 import roads
 from common import runtime
+from kernels import backend
 
 # ------------------------------------------------------------------------------------------- count
 
@@ -48,7 +51,11 @@ class Traffic(TorchDispatchMode):
         return result
 
 
-NO_KERNEL = {torch.ops.aten.detach.default, torch.ops.aten.empty.memory_format}
+aten = torch.ops.aten
+NO_KERNEL = {
+    aten.detach.default, aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default,
+    aten.new_empty_strided.default,
+}
 
 
 def _tensors(found):
@@ -57,6 +64,38 @@ def _tensors(found):
     if isinstance(found, (list, tuple)):
         return [tensor for part in found for tensor in _tensors(part)]
     return []
+
+
+@contextlib.contextmanager
+def kernels_counted(traffic):
+    """Context: on tensors without memory (device "meta") the kernels are chosen as on a GPU; none
+    is launched, but counted, with the bytes of its tensors."""
+    from triton.runtime.jit import JITFunction
+
+    def launcher(kernel, grid):
+        def launch(*args, **options):
+            tensors = {id(t): t for t in _tensors(args)}.values()
+            traffic.launches += 1
+            traffic.bytes += sum(t.numel() * t.element_size() for t in tensors)
+
+        return launch
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in (
+            (JITFunction, "__getitem__", launcher),
+            (backend, "on_gpu", lambda tensor: True),
+            (backend, "works", lambda *question: True),
+            (torch, "is_autocast_enabled", lambda device: False),  # it does not know of "meta"
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield
+
+
+def on_meta(x):
+    """Tensors, lists and tuples of them without their memory; all else as it is."""
+    if isinstance(x, (list, tuple)):
+        return type(x)(on_meta(part) for part in x)
+    return x.to("meta") if isinstance(x, torch.Tensor) else x
 
 
 def count(function):
@@ -122,8 +161,10 @@ def count_all():
     """Counted at batches of 2 and 3 images; what a step moves grows linearly from there."""
     print("frozen, step: 10^9 operations of one image, the frozen network's forward and the trained")
     print("part's step; MB: 10^6 bytes that the step moves for one image, float32, nothing fused;")
-    print("launches: of the step, any batch; row: 10^6 bytes of an image's features in float32")
-    print(f"{'':16}{'batch':>6}{'frozen':>9}{'step':>9}{'MB':>9}{'launches':>10}{'row':>7}")
+    print("launches: of the step, any batch; then both with the Triton kernels, where they are")
+    print("chosen in float32; row: 10^6 bytes of an image's features in float32")
+    print(f"{'':16}{'batch':>6}{'frozen':>9}{'step':>9}{'MB':>9}{'launches':>10}", end="")
+    print(f"{'MB':>9}{'launches':>10}{'row':>7}")
     for name, preset in presets().items():
         print(f"{name:16}" + row_of(*preset), flush=True)
 
@@ -140,10 +181,16 @@ def row_of(args, features, model, losses, inputs_of):
     per_image = (moved[0] + (n - 2) * slope) / n
     row = features(images_of(1, args.image_size)).numel() * 4 / 1e6
     counted = f"{frozen / 1e9:9.1f}{operations / 3e9:9.1f}{per_image / 1e6:9.0f}{launches:10,}"
+    if backend.HAS_TRITON:
+        traffic, inputs, model = Traffic(), on_meta(inputs_of(n)), model.to("meta")
+        with kernels_counted(traffic), traffic:
+            step(model, losses, inputs)
+        counted += f"{traffic.bytes / n / 1e6:9.0f}{traffic.launches:10,}"
     return f"{n:6}{counted}{row:7.2f}"
 
 
 def step(model, losses, inputs):
+    model.zero_grad()
     loss, _ = losses(model, *inputs)
     loss.backward()
 

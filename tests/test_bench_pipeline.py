@@ -1,7 +1,10 @@
 """The numbers of docs/gpu.md are counted right."""
 
+import pytest
 import torch
 
+from kernels import cross_attention
+from kernels.backend import HAS_TRITON
 from tests import bench_pipeline
 
 
@@ -13,6 +16,21 @@ def test_what_is_counted():
     assert operations == 2 * 3 * 4 * 5
     assert launches == 2
     assert moved == 4 * (12 + 20 + 15) + 4 * (15 + 1)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_kernels_are_counted():
+    """Attention over ten keys: one launch forward, two backward (delta; then all three gradients), with each tensor
+    once: three inputs, the output, two numbers a query."""
+    q, k = torch.ones(2, 2, 50, 16, device="meta"), torch.ones(2, 2, 10, 16, device="meta")
+    q.requires_grad_()
+    traffic = bench_pipeline.Traffic()
+    with bench_pipeline.kernels_counted(traffic), traffic:
+        o = cross_attention(q, k, k)
+        forward = traffic.launches, traffic.bytes
+        torch.autograd.grad(o, q, o.detach())
+    assert forward == (1, 4 * (2 * 2 * 16 * (50 + 10 + 10 + 50) + 2 * 2 * 2 * 50))
+    assert traffic.launches == 3
 
 
 def test_simulated_cores_add_up():

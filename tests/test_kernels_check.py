@@ -138,15 +138,16 @@ def test_every_shape_compiles_afresh(monkeypatch):
     assert len(graphs) == 10
 
 
-def test_long_sides_are_split_by_the_cards_cores():
+def test_long_sides_are_split_until_the_card_is_full():
     """A launch with enough programs is not split, nor one whose blocks are few (OneNIP's 196 tokens for one image);
-    a lone image of ROADS is, into pieces of at least four blocks."""
+    a lone image of ROADS is, into pieces of at least four blocks; and programs of twice the warps half as often."""
     cpu = torch.device("cpu")  # counts as an A100, with 108 cores
-    assert split(8 * 4, 196, 64, cpu) == (1, 256)
-    assert split(16 * 8 * 4, 4096, 64, cpu)[0] == 1
-    splits, chunk = split(8, 4096, 64, cpu)
+    assert split(8 * 4, 4, 196, 64, cpu) == (1, 256) and split(8 * 7, 4, 196, 32, cpu) == (1, 224)
+    assert split(16 * 8 * 4, 4, 4096, 64, cpu)[0] == 1
+    splits, chunk = split(8, 4, 4096, 64, cpu)
     assert splits == 16 and chunk == 4 * 64
-    assert split(1, 100, 64, cpu) == (1, 128)
+    assert split(1, 4, 100, 64, cpu) == (1, 128)
+    assert split(50, 4, 4096, 32, cpu)[0] == 8 and split(50, 8, 4096, 32, cpu)[0] == 4
 
 
 @needs_triton

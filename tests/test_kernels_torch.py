@@ -358,6 +358,26 @@ if backend == "triton":  # as on a GPU: "auto" runs its trial while torch.compil
     compiled = torch.compile(lambda q: kernels.cross_attention(q, q, q), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q), kernels.cross_attention(q, q, q, backend="triton"))
     assert kernels.backend._works.cache_info().currsize == 1
+
+    def traced(name, *arguments):  # what torch.compile believes of the results is what they are, strides too
+        operation = getattr(torch.ops.anomaly_kernels, name)
+        torch.library.opcheck(operation.default, arguments, test_utils=("test_schema", "test_faketensor"))
+        return operation(*arguments)
+
+    q, k = (torch.randn(2, n, 2, 16).transpose(1, 2) for n in (12, 20))
+    options = torch.tensor(4), 0.25, [], 0.2
+    o, rows = traced("attention_triton", q, k[:1], k[:1], *options)
+    traced("attention_grad_triton", o, q, k[:1], k[:1], o, rows, *options)
+    x, folded, bias = torch.randn(2, 16, 50).transpose(1, 2), torch.randn(2, 6, 16), torch.randn(2, 6)
+    out, rows = traced("tokens_read_triton", folded, x.contiguous(), 1e-5)
+    traced("tokens_read_grad_triton", out, folded, x.contiguous(), out, rows, 1e-5)
+    out = traced("map_reads_triton", x.contiguous(), folded, bias, folded, torch.randn(16), 2, 1e-5)
+    traced("map_reads_grad_triton", x, x.contiguous(), folded, bias, folded, 2, 1e-5)
+    maps = [torch.randn(2, 5, 4, 3).to(memory_format=torch.channels_last), torch.randn(2, 7, 2, 2)]
+    traced("map_triton", maps, maps, 8, 6, True)
+    loss, factors = traced("loss_triton", maps, maps, False)
+    traced("loss_grad_triton", maps, maps, factors, loss)
+    traced("_dropout_keep", q, 0.5, torch.tensor(1))
 print("equal")
 """
 
@@ -366,7 +386,7 @@ print("equal")
 def test_compiles_in_one_graph(backend):
     """torch.compile(fullgraph=True) traces every operation, forward and backward, to the same
     results: the PyTorch path, and the kernels (in the interpreter, so the compiled graph really
-    runs them)."""
+    runs them, and each of them as a fake tensor sees it)."""
     if backend == "triton" and not HAS_TRITON:
         pytest.skip("Triton is not installed")
     environment = os.environ | ({"TRITON_INTERPRET": "1"} if backend == "triton" else {})

@@ -122,7 +122,7 @@ def want_programs(monkeypatch, programs):
     """A long side is split until a launch has this many programs, into as little as one block each."""
     module = sys.modules["kernels.cross_attention"]  # the function of this name hides it in the package
     monkeypatch.setattr(module, "cores", lambda device: programs)
-    monkeypatch.setattr(module, "PROGRAMS_PER_CORE", 1)
+    monkeypatch.setattr(module, "WARPS_PER_CORE", 4)  # a program has four, or eight
     monkeypatch.setattr(module, "BLOCKS_PER_SPLIT", 1)
 
 
@@ -327,8 +327,9 @@ def layout_of(x, layout):
         ([(4, 2, 2), (3, 1, 1)], (1, 1), "sum", "float32", ("nchw", "nchw")),
     ],
 )
-def test_cosine(zones, shapes, size, reduce, dtype, layouts):
-    """Map, losses and gradients: both reductions, memory layouts of teacher and student, awkward sizes."""
+def test_cosine(zones, monkeypatch, shapes, size, reduce, dtype, layouts):
+    """Map, losses and gradients: both reductions, memory layouts of teacher and student, awkward sizes; on a card that
+    is too large for these maps, where programs take all channels at once, and on one with a single core."""
     dtype = getattr(torch, dtype)
     teachers = [layout_of(torch.randn(2, *shape).to(dtype), layouts[0]) for shape in shapes]
     students = [t + 0.7 * torch.randn(t.shape) for t in teachers]
@@ -337,7 +338,9 @@ def test_cosine(zones, shapes, size, reduce, dtype, layouts):
     students = [layout_of(s.to(dtype).contiguous(), layouts[1]) for s in students]
     exact = run_cosine(teachers, students, size, reduce, torch.float64, "torch")
     plain = run_cosine(teachers, students, size, reduce, dtype, "torch")
-    check(run_cosine(teachers, students, size, reduce, dtype, "triton", zones), plain, exact)
+    for cores in (108, 1):
+        monkeypatch.setattr(sys.modules["kernels.cosine_map"], "cores", lambda device, cores=cores: cores)
+        check(run_cosine(teachers, students, size, reduce, dtype, "triton", zones), plain, exact)
 
 
 def test_cosine_of_zeros():

@@ -1,5 +1,6 @@
 """Several processes of one run, two and four of them over gloo: what they compute together is what one computes."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -274,3 +275,42 @@ def test_when_one_process_is_killed_the_others_end_in_one_line(world, tmp_path):
         assert said.startswith(f"[rank {rank}] method.py: another process of this run has ended")
         assert said.count("\n") == 1, said
     assert runtime.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 5
+
+
+def wait_as_for_a_gpu(folder, ready):
+    """A run whose main thread is in a C function that never returns, and handles no signal."""
+    os.environ |= {"WORLD_SIZE": "2", "RANK": "0"}
+    sys.stderr = open(folder / "err", "w", buffering=1)
+    sys.argv = ["method.py"]
+
+    def main():
+        loader = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        loader.start()
+        loader.terminate()
+        loader.join(10)
+        assert loader.exitcode == -signal.SIGTERM, "a forked process ends as ever"
+        mutex = ctypes.create_string_buffer(64)
+        ready.set()
+        for _ in range(2):  # the second time it waits for the first
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+    runtime.launch(main)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="its mutex of zeros is a Linux one")
+def test_a_process_that_waits_for_a_gpu_ends_in_one_line(tmp_path):
+    """NCCL waits where no signal handler runs. When torchrun terminates what is left of a run, the process says so
+    within seconds."""
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=wait_as_for_a_gpu, args=(tmp_path, ready))
+    process.start()
+    try:
+        assert ready.wait(30)
+        process.terminate()
+        process.join(20)
+        assert process.exitcode == 2
+    finally:
+        process.kill()
+    said = (tmp_path / "err").read_text()
+    assert said == "[rank 0] method.py: another process of this run has ended, or torchrun was stopped\n"
