@@ -57,7 +57,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import UsageError, corruptions, files, layouts
+from common import UsageError, corruptions, files, layouts, options
 from common.files import read_image, read_mask
 from common.layouts import BENCHMARKS, Sample
 
@@ -702,4 +702,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    options.exit_with(main)

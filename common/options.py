@@ -277,6 +277,17 @@ def to_nowhere(stream):
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def exit_with(main):
+    """The end of a command: exit with main()'s status; quietly where nobody reads on (`| head`)."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        to_nowhere(sys.stdout)
+        status = 1
+    sys.exit(status)
+
+
 def interrupted_early(*_):
     """Ctrl-C while modules are imported. Ends the process at once, since an exception would show as
     the failure of some import."""

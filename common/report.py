@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import UsageError, corruptions, data, metrics, pages, pictures, runtime
+from common import UsageError, corruptions, data, metrics, options, pages, pictures, runtime
 from common.folder import write_csv
 from common.pages import percent
 from common.pictures import distributions
@@ -482,4 +482,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    options.exit_with(main)

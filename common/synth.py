@@ -43,7 +43,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from tqdm import tqdm
 
-from common import UsageError
+from common import UsageError, options
 
 VERSION = 6  # of the drawing: raise it whenever any picture changes
 VISIBLE = 0.045  # smallest change of a colour channel, of 1, that counts as visible
@@ -1209,4 +1209,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    options.exit_with(main)

@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import UsageError, papers
-from common.options import default_preset
+from common.options import default_preset, exit_with
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 
@@ -873,10 +873,7 @@ def launch():
     except KeyboardInterrupt:
         print("tables: interrupted; the same command goes on where it was", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # nobody reads on: | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 if __name__ == "__main__":
-    sys.exit(launch())
+    exit_with(launch)

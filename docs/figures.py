@@ -43,7 +43,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 import kernels
-from common import UsageError, corruptions, data, pictures, report, runtime
+from common import UsageError, corruptions, data, options, pictures, report, runtime
 from kernels.cross_attention import neighbours
 
 ROOT = Path(__file__).resolve().parent.parent  # of the scripts
@@ -601,4 +601,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    options.exit_with(main)

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common.options import exit_with
+
 PAGE = Path(__file__).resolve().parent / "labs.md"
 ROOT = PAGE.parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts are imported from within the folder of the runs
@@ -214,4 +216,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)
