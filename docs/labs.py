@@ -201,9 +201,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     seeds = [int(seed) for seed in args.seeds.split(",")]
     out = Path(args.out).resolve()
-    for lab in read(PAGE.read_text()):
-        if args.lab not in (None, lab.number):
-            continue
+    labs = read(PAGE.read_text())
+    if args.lab is not None:
+        labs = [lab for lab in labs if lab.number == args.lab]
+        if not labs:
+            parser.error(f"--lab {args.lab}: no such lab in {PAGE.name}")
+    for lab in labs:
         results = [numbers(lab, seed, out / str(seed), args.keep) for seed in seeds]
         print(f"\n{lab.number} {lab.title}")
         texts = {}

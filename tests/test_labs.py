@@ -132,3 +132,9 @@ def test_glossary():
     part = (DOCS / "compare.md").read_text().split("## Glossary")[1]
     words = re.findall(r"^\| ([^|]+) \| [^|]+ \| `", part, flags=re.M)
     assert len(words) >= 25 and len(set(words)) == len(words)
+
+
+def test_a_lab_that_is_not_there_is_refused(capsys):
+    with pytest.raises(SystemExit) as error:
+        labs.main(["--lab", "99"])
+    assert error.value.code == 2 and "--lab 99" in capsys.readouterr().err
