@@ -272,6 +272,13 @@ def flush_output():
             to_nowhere(stream)
 
 
+def cores():
+    """How many of the machine's cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def to_nowhere(stream):
     """What is written to the stream from now on, or is still in its buffer, is dropped."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import UsageError, data, pages, pictures
+from common import UsageError, data, options, pages, pictures
 
 COLUMNS = ("path", "score", "ratio", "verdict")  # then the method's own, then the reason
 SHOWN = 20  # rows printed at the end
@@ -86,7 +86,7 @@ def predict(run, args, score, normal_score, columns=None, pixel_threshold=None):
     unfinished = run.out / "predictions.part.csv"
     # Bytes of a file name that are not UTF-8 are written as they are.
     text = dict(newline="", encoding="utf-8", errors="surrogateescape")
-    threads = ThreadPoolExecutor(_cores() + 1)
+    threads = ThreadPoolExecutor(options.cores() + 1)
     with threads as pool, open(unfinished, "w", buffering=1, **text) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*COLUMNS, *columns, "reason"])
@@ -161,12 +161,6 @@ def _folded(path):
 
 
 # -------------------------------------------------------------------------------------------- steps
-
-
-def _cores():
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _in_threads(pool, function, items, ahead):

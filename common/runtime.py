@@ -957,10 +957,7 @@ def auto_workers(device, dataset):
         return 0
     if isinstance(dataset, Stream) and not _holds_pixels(dataset[0]):
         return 0
-    cores = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    own = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    own = options.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(1, min(own - 1, MOST_WORKERS))
 
 

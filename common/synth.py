@@ -1139,10 +1139,7 @@ def draw_all(work, tasks, seed, size, title, progress):
     """Draw the pictures of all tasks into the folder `work`, in a process for each core, eight at most."""
     # Forked processes start at once and need no importable main module; elsewhere than on Linux fork is unsafe.
     start = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    processes = min(8, cores)
+    processes = min(8, options.cores())
     with ProcessPoolExecutor(processes, start, leave_with_parent) as pool:
         done = pool.map(save, [(work, *task, seed, size) for task in tasks], chunksize=4)
         silent = None if progress else True  # None: silent when stderr is no terminal

@@ -1,15 +1,11 @@
 """A busy program beside a training must not stall it."""
 
-import os
 import sys
 
 import pytest
 
+from common.options import cores
 from tests import bench_stall
-
-
-def cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP, as in torch's wheels for Linux")
