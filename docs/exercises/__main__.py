@@ -1,9 +1,11 @@
 """python -m docs.exercises [NAME]: the list of exercises, or the check of one."""
 
+import functools
 import importlib
 import sys
 import traceback
 
+from common.options import exit_with
 from docs.exercises import ORDER, failure
 
 
@@ -39,4 +41,4 @@ def what_next(name):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(functools.partial(main, sys.argv[1:]))
