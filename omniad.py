@@ -440,12 +440,12 @@ def train(args, run, features, model, images):
     job = runtime.Training(run, args, model, optimizer)
     if job.finished:  # only the evaluation is missing
         return job.resumed
-    if args.standardize and not job.resumed:  # a checkpoint brings its own
-        model.scale.copy_(deviations_of_images(args, run, features, images))
     frozen = runtime.Frozen(run, features, images, args)
     images_per_step = args.batch_size * run.world
     dataset = runtime.Stream(images, args.seed, images_per_step, frozen.needs_images)
     steps = args.steps or dataset.steps(args.epochs)
+    if args.standardize and not job.resumed:  # a checkpoint brings its own
+        model.scale.copy_(deviations(frozen(dataset.first(64))))
 
     parallel.train()
     for step, batch in job.batches(dataset, steps):
@@ -461,13 +461,6 @@ def train(args, run, features, model, images):
         job.record(loss, parts)
     score = Scorer(args, run, features, model)
     return job.finish(**thresholds.of_training_images(run, args, score, images.samples, images))
-
-
-def deviations_of_images(args, run, features, images):
-    """`deviations` of 64 training images, (3,)."""
-    chosen = runtime.epoch_order(args.seed, 0, len(images))[:64]
-    sample = torch.stack([images[i] for i in chosen])  # (64, 3, S, S)
-    return deviations(features.maps(run.to_device(sample)))
 
 
 # ----------------------------------------------------------------------------------------- scoring
