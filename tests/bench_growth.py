@@ -69,10 +69,11 @@ def grow_with_images(args):
                 seconds = []
                 for _ in range(2):
                     began = time.process_time()
-                    frozen = runtime.Frozen(run, features, images, options, entry=entry)
+                    batch_size, share = runtime.frozen_batch(run.device), options.memory_share
+                    found = runtime.precompute(run, features, images, batch_size, share, entry=entry)
                     seconds.append(time.process_time() - began)
             pixels = count * 3 * options.image_size**2 / 1e6
-            rows = 0 if frozen.rows is None else frozen.rows.nbytes / 1e6
+            rows = 0 if found is None else found.nbytes / 1e6
             cells = f"{count:,} | {pixels:.0f} | {rows:.0f} | {seconds[0]:.1f} | {seconds[1]:.1f}"
             print(f"| {name} | {cells} |", flush=True)
 

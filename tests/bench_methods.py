@@ -62,6 +62,10 @@ class Pair:
         index = torch.arange(len(images))
         return lambda: features.split(rows[index].float())
 
+    def score(self):
+        self.ours.eval()
+        return self.scorer(self.images, samples_of(self.n))
+
     def step(self):
         self.finish(self.loss(), self.ours, self.optimizer, foreach=True)
 
@@ -102,10 +106,6 @@ class OneNIP(Pair):
     def their_loss(self):
         return self.theirs.train().loss(*self.triple, self.mask)
 
-    def score(self):
-        self.ours.eval()
-        return self.scorer(self.images, samples_of(self.n))
-
     def their_score(self):
         return self.theirs.eval().score(self.images, self.prompts, 3.0)
 
@@ -116,10 +116,6 @@ class OfMaps(Pair):
     def their_loss(self):
         self.theirs.train()
         return self.theirs.loss(self.images)
-
-    def score(self):
-        self.ours.eval()
-        return self.scorer(self.images, samples_of(self.n))
 
     def their_score(self):
         self.theirs.eval()

@@ -85,6 +85,17 @@ def command(monkeypatch, capsys):
 
 
 @pytest.fixture
+def one_thread():
+    """PyTorch computes on one thread during the test."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def metrics_of():
     """Folder of a run -> its metrics.json without what may differ between equal runs (times)."""
     def read(folder):

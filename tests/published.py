@@ -41,16 +41,17 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images):
-        x, network = data.normalize(images), self.network
+        network = self.network
+        found = network(data.normalize(images))
         if not self.to_the_end:
-            return network(x)
-        found = network(x)
+            return found
+        rest = found[-1]
         if isinstance(network, backbones.ResNet):
-            network.layer4(found[-1])
+            blocks = [network.layer4]
         else:
-            rest = found[-1]
-            for block in network._blocks[network.taps[-1] + 1 :]:
-                rest = block(rest)
+            blocks = network._blocks[network.taps[-1] + 1 :]
+        for block in blocks:
+            rest = block(rest)
         return found
 
 
@@ -218,8 +219,6 @@ class OmniAD(nn.Module):
             return maps, maps.max((1, 2))
         count = int(SHARES[self.args.score] * maps[0].size)
         return maps, np.sort(maps.reshape(len(maps), -1))[:, -count:].mean(1)
-
-
 
 
 # ----------------------------------------------------------------------------------------------------------- ROADS

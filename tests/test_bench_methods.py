@@ -1,10 +1,12 @@
 """The published form that our speed is held against computes what we compute, and its comparison is fair."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from tests import bench_methods
+from tests import bench_growth, bench_methods
 
 SMALL = {
     "onenip": dict(hidden=32, heads=2, mlp=64, encoder_layers=1, decoder_layers=2, refiner_width=8, image_size=96,
@@ -18,10 +20,9 @@ SMALL = {
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_both_forms_compute_the_same(name):
+def test_both_forms_compute_the_same(name, one_thread):
     """Loss, gradient, maps and image scores within float error, the published form by itself: its own attention, its
     own features of the whole network, its own smoothing."""
-    torch.set_num_threads(1)
     changes = dict(backbone="efficientnet_lite0", weights="", **SMALL[name])
     both = bench_methods.pair(name, "laptop", 3, **changes)
     with torch.no_grad():  # what starts at zero would hide a part
@@ -54,3 +55,13 @@ def test_median_and_turns():
     calls = []
     found = bench_methods.seconds({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
     assert calls == ["a", "b"] * 4 and set(found) == {"a", "b"} and all(value >= 0 for value in found.values())
+
+
+def test_growth_with_the_number_of_images(capsys):
+    """Counts, megabytes of pixels and of features; what is read again costs less than what is computed."""
+    args = SimpleNamespace(only="omniad", preset="laptop", counts=[40])
+    bench_growth.grow_with_images(args)
+    cells = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
+    assert cells[:3] == ["omniad", "40", f"{40 * 3 * 192 * 192 / 1e6:.0f}"]
+    features, computed, again = map(float, cells[3:])
+    assert features > 0 and again < computed

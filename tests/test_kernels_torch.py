@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels import cosine_loss, cosine_map, cross_attention
+from kernels import bench, cosine_loss, cosine_map, cross_attention
 from kernels.backend import HAS_TRITON
 from kernels.cosine_map import cosine_loss_formula, cosine_map_formula
 from kernels.cross_attention import attention_formula, neighbours
@@ -258,27 +259,24 @@ def test_map_refuses(change, message):
         cosine_map(**arguments)
 
 
-def test_map_is_fast_on_a_cpu():
-    """At the feature sizes of reverse distillation, at least twice as fast as the published code (3.5 times on a quiet
-    machine; a busy one leaves less of it).
+@torch.no_grad()
+def test_map_is_fast_on_a_cpu(one_thread):
+    """At the feature sizes of reverse distillation, at least three times faster than the published code.
 
-    Processor time on one thread, best of several in turns, so that other programs on the machine do not decide it.
+    Processor time on one thread, best of many in turns, so that other programs on the machine do not decide it: they
+    take memory's bandwidth, and of that ours, which computes less, needs as much. So it is measured until both had a
+    quiet moment.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        shapes = [(256, 64, 64), (512, 32, 32), (1024, 16, 16)]
-        teachers, students = features(2, shapes, torch.float32)
-        best = {}
-        with torch.no_grad():
-            for _ in range(10):
-                for name, function in (("published", cosine_map_formula), ("ours", cosine_map)):
-                    start = time.process_time()
-                    function(teachers, students, 256, "sum")
-                    best[name] = min(best.get(name, math.inf), time.process_time() - start)
-        assert best["published"] > 2 * best["ours"], best
-    finally:
-        torch.set_num_threads(threads)
+    shapes = [(256, 64, 64), (512, 32, 32), (1024, 16, 16)]
+    arguments = *features(2, shapes, torch.float32), 256, "sum"
+    functions = {"published": partial(cosine_map_formula, *arguments), "ours": partial(cosine_map, *arguments)}
+    best = dict.fromkeys(functions, math.inf)
+    for _ in range(15):
+        found = bench.best_of(functions, rounds=20, clock=time.process_time)
+        best = {name: min(best[name], found[name]) for name in functions}
+        if best["published"] > 3 * best["ours"]:
+            break
+    assert best["published"] > 3 * best["ours"], best
 
 
 # --------------------------------------------------------------------------------------------------------------------
