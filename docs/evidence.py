@@ -1,0 +1,395 @@
+"""The methods side by side under one protocol (docs/protocol.md): runs them, prints the tables.
+
+    python -m docs.evidence                                  the tables, from docs/results
+    python -m docs.evidence --data FOLDER --teacher resnet18 --weights FILE --seeds 0,1,2
+                                                             trains what is missing there, then the tables
+    python -m docs.evidence --data FOLDER --rows onenip,roads-3 --shift
+                                                             only these rows, and under four shifts too
+
+A row is one training, and what is asked of the trained model: its maps calibrated by CADA, without
+class labels ("cada") or with them ("given"), and, with --shift, the same images under four shifts. What a
+command leaves is in --runs, where an interrupted training goes on; what counts is kept in
+docs/results/DATA-TEACHER.json, a list with one record for each model, seed and calibration:
+
+    row, seed, calibration      what it is: a name of `ROWS`; none, given or cada
+    minutes, steps, commit, command
+    mean, mixed                 seven metrics, per cent: over classes; of all images in one pool
+    classes                     {class: the same}
+    shift                       {condition: {"mean", "mixed"}}, where it was asked
+    parameters, seconds         of the model that is trained; of its training
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import UsageError
+from common.options import exit_with
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+TEACHERS = ("resnet18", "efficientnet_lite0")
+METRICS = {
+    "i_auroc": "I-AUROC",
+    "p_auroc": "P-AUROC",
+    "p_ap": "P-AP",
+    "p_aupro": "P-AUPRO",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    pace: steps in a minute of one thread, with each of `TEACHERS`; 0: nothing is trained.
+    """
+
+    title: str
+    script: str
+    words: tuple
+    pace: tuple
+
+    @property
+    def calibrates_itself(self):
+        return self.script == "cada.py"
+
+
+def row(title, command, *pace):
+    script, *words = command.split()
+    return Row(title, script, tuple(words), pace or (0, 0))
+
+
+NEAREST = "docs/nearest.py --average 3"
+CADA = "cada.py --image-size 256"
+ROADS = "roads.py --image-size 256 --batch-size 8 --distance flat"
+ROWS = {
+    "nearest-class": row("nearest neighbour, knows the class", NEAREST),
+    "nearest": row("nearest neighbour", f"{NEAREST} --memory all"),
+    "uniad": row("UniAD", f"{CADA} --base uniad --image-size 224", 1400, 1800),
+    "revdist": row("reverse distillation", CADA, 140, 140),
+    "recontrast": row("ReContrast", f"{CADA} --base recontrast", 65, 65),
+    "onenip": row("OneNIP", "onenip.py --image-size 224 --jitter 5 --bank 4 --alpha 0.5", 200, 220),
+    "omniad": row("Omni-AD", "omniad.py --image-size 256", 90, 120),
+    "roads-0": row("ROADS-0, distillation alone", f"{ROADS} --no-prompts --no-adapter", 60, 60),
+    "roads-1": row("ROADS-1, adapter", f"{ROADS} --no-prompts", 50, 50),
+    "roads-1-mu0": row("the same, μ = 0", f"{ROADS} --no-prompts --mu 0", 50, 50),
+    "roads-2": row("ROADS-2, prompts", f"{ROADS} --no-adapter", 50, 50),
+    "roads-3": row("ROADS", ROADS, 40, 40),
+    "roads-in": row("ROADS, instance norm", f"{ROADS} --adapter instance-norm", 50, 50),
+}
+CALIBRATION = ()  # options for the calibration of another script's maps: none but the preset's
+# Omni-AD's recipe for the unequal maps of a ResNet (docs/measured.md): chosen on training images.
+FOR_RESNET = {"omniad": ("--standardize", "--clip", "0.2", "--lr", "5e-4")}
+
+
+# ---------------------------------------------------------------------------------------- commands
+
+
+@dataclass(frozen=True)
+class Model:
+    """One training: a row, a seed, a teacher, a budget."""
+
+    name: str
+    seed: int
+    args: argparse.Namespace
+
+    @property
+    def row(self):
+        return ROWS[self.name]
+
+    @property
+    def steps(self):
+        return self.row.pace[TEACHERS.index(self.args.teacher)] * self.args.minutes
+
+    def folder(self, part="model"):
+        name = f"{self.name}-{self.args.teacher}-{self.args.minutes}min-seed{self.seed}"
+        return self.args.runs.resolve() / name / part
+
+    def training(self):
+        """The words of the command."""
+        words = ["--data", self.args.data, *self.row.words, "--backbone", self.args.teacher]
+        if self.args.weights:
+            words += ["--weights", self.args.weights]
+        if self.args.teacher == "resnet18":
+            words += FOR_RESNET.get(self.name, ())
+        if self.steps:
+            words += ["--steps", str(self.steps)]
+        if self.row.script != "cada.py" and self.steps:
+            words.append("--save-maps")
+        return [self.row.script, *words, "--seed", str(self.seed)]
+
+    def checkpoint(self):
+        return str(self.folder() / "checkpoint.pt")
+
+    def questions(self):
+        """{part: words of the command that asks it of the trained model}."""
+        found = {}
+        if self.row.calibrates_itself:
+            again = [self.row.script, "--eval", self.checkpoint(), "--seed", str(self.seed)]
+            found["given"] = [*again, "--calibrate", "given"]
+            if self.args.shift:
+                found["shift-none"] = [*again, "--calibrate", "none", "--shift", "all"]
+                found["shift-cada"] = [*again, "--shift", "all"]
+        elif self.steps:
+            maps = ["cada.py", "--base-run", str(self.folder()), "--seed", str(self.seed)]
+            maps += CALIBRATION
+            found["given"] = [*maps, "--calibrate", "given"]
+            found["cada"] = maps
+        if self.args.shift and not self.row.calibrates_itself:
+            again = [self.row.script, "--eval", self.checkpoint(), "--seed", str(self.seed)]
+            found["shift-none"] = [*again, "--shift", "all"]
+        return found
+
+
+def run(words, folder):
+    """Run a command of a script, unless its result is there; one that was interrupted goes on. Its
+    output is in output.txt. Raises `UsageError` if it fails."""
+    if (folder / "metrics.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    script, *words = words
+    training = "--eval" not in words and "--base-run" not in words
+    if (folder / "args.json").is_file():
+        words = ["--resume"] if training else [*words, "--overwrite"]
+    module = script.removesuffix(".py").replace("/", ".")
+    command = ["-m", module, *words, "--out", str(folder)]
+    print(f"python {shlex.join(command)}", flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(folder / "output.txt", "w") as file:
+        done = subprocess.run(
+            [sys.executable, *command], stdout=file, stderr=file, cwd=ROOT, env=environment
+        )
+    if done.returncode:
+        raise UsageError(f"a command failed: {folder / 'output.txt'}")
+
+
+def of_model(model):
+    """Run all that is asked of one model. Returns its records."""
+    run(model.training(), model.folder())
+    parts = {"model": model.folder()}
+    for part, words in model.questions().items():
+        parts[part] = model.folder(part)
+        run(words, parts[part])
+    results = {part: json.loads((folder / "metrics.json").read_text()) for part, folder in parts.items()}
+    shutil.rmtree(model.folder() / "maps", ignore_errors=True)
+    return records(model, results)
+
+
+def records(model, results):
+    """{part: metrics.json} of one model -> what is kept of it."""
+    trained = results["model"]
+    views = {"none": trained}
+    if model.row.calibrates_itself:
+        views = {"none": trained["compare"]["without calibration"], "cada": trained}
+    for part in ("given", "cada"):
+        if part in results:
+            views[part] = results[part]
+    found = []
+    for calibration, result in views.items():
+        record = {
+            "row": model.name,
+            "seed": model.seed,
+            "calibration": calibration,
+            "minutes": model.args.minutes,
+            "steps": model.steps,
+            "commit": trained["commit"],
+            "command": shlex.join(["python", *anonymous(model)]),
+            "parameters": trained["setting"].get("parameters", 0),
+            "seconds": trained["seconds"]["train"],
+            "mean": per_cent(result["mean"]),
+            "mixed": per_cent(result["mixed"]),
+            "classes": {name: per_cent(part) for name, part in result["classes"].items()},
+        }
+        shifted = results.get(f"shift-{calibration}")
+        if shifted:
+            record["shift"] = {}
+            for condition, part in shifted["shift"].items():
+                record["shift"][condition] = {
+                    "mean": per_cent(part["mean"]),
+                    "mixed": per_cent(part["mixed"]),
+                }
+        found.append(record)
+    return found
+
+
+def anonymous(model):
+    """The command with FOLDER and FILE in place of this machine's paths."""
+    hidden = {model.args.data: "FOLDER", model.args.weights: "FILE"}
+    return [hidden.get(word, word) for word in model.training()]
+
+
+def per_cent(values):
+    """{metric: fraction} -> {metric: per cent with two digits}; what is undefined stays None."""
+    found = {}
+    for metric, value in values.items():
+        found[metric] = None if value is None else round(100 * value, 2)
+    return found
+
+
+# ----------------------------------------------------------------------------------------- results
+
+
+def file_of(results, data, teacher):
+    """docs/results/DATA-TEACHER.json."""
+    name = re.sub(r"[^\w-]", "_", Path(data).resolve().name)
+    return results / f"{name}-{teacher}.json"
+
+
+def read(file):
+    return json.loads(file.read_text()) if file.is_file() else []
+
+
+def write(file, found):
+    """One record a line, in the order of the table, so that a change shows what is new."""
+    order = list(ROWS)
+    found.sort(key=lambda r: (order.index(r["row"]), r["calibration"], r["seed"]))
+    lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in found)
+    file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def replaced(found, new):
+    """The records with those of the same model, seed and calibration replaced. A record without
+    shifts does not take the place of one that has them."""
+    def key(record):
+        return record["row"], record["seed"], record["calibration"]
+
+    known = {key(record): record for record in found}
+    for record in new:
+        before = known.get(key(record), {})
+        if "shift" in record or before.get("commit") != record["commit"] or "shift" not in before:
+            known[key(record)] = record
+    return list(known.values())
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def spread(values):
+    """Numbers of several seeds -> text."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    text = f"{statistics.mean(known):.1f}"
+    return f"{text} ± {statistics.stdev(known):.1f}" if len(known) > 1 else text
+
+
+def main_table(found):
+    """Every row, plain and calibrated: the four metrics of the mean over classes, and the pool."""
+    lines = [
+        "| | seeds | " + " | ".join(METRICS.values()) + " | pool | pool, CADA | pool, CaDA-A |"
+        " I-AUROC, CADA |",
+        "|---|" + "---|" * (len(METRICS) + 5),
+    ]
+    for name, about in ROWS.items():
+        of = {}
+        for calibration in ("none", "cada", "given"):
+            of[calibration] = [r for r in found if (r["row"], r["calibration"]) == (name, calibration)]
+        if not of["none"]:
+            continue
+        cells = [about.title, str(len(of["none"]))]
+        for metric in METRICS:
+            cells.append(spread([r["mean"][metric] for r in of["none"]]))
+        for calibration in ("none", "cada", "given"):
+            cells.append(spread([r["mixed"]["i_auroc"] for r in of[calibration]]))
+        cells.append(spread([r["mean"]["i_auroc"] for r in of["cada"]]))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def class_table(found, metric):
+    """One metric of every class, not calibrated."""
+    found = [r for r in found if r["calibration"] == "none"]
+    classes = list(found[0]["classes"]) if found else []
+    lines = [f"| {METRICS[metric]} | " + " | ".join(classes) + " |", "|---|" + "---|" * len(classes)]
+    for name, about in ROWS.items():
+        of_row = [r for r in found if r["row"] == name]
+        if of_row:
+            cells = [spread([r["classes"][cls][metric] for r in of_row]) for cls in classes]
+            lines.append("| " + " | ".join([about.title, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def shift_table(found):
+    """I-AUROC and P-AUPRO on clean images and under each shift."""
+    found = [r for r in found if "shift" in r and r["calibration"] == "none"]
+    if not found:
+        return ""
+    conditions = list(found[0]["shift"])
+    heads = ["clean", *(condition.partition(":")[0] for condition in conditions), "shifted, mean"]
+    parts = []
+    for metric in ("i_auroc", "p_aupro"):
+        lines = [f"| {METRICS[metric]} | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+        for name, about in ROWS.items():
+            of_row = [r for r in found if r["row"] == name]
+            if not of_row:
+                continue
+            cells = [spread([r["mean"][metric] for r in of_row])]
+            for condition in conditions:
+                cells.append(spread([r["shift"][condition]["mean"][metric] for r in of_row]))
+            means = []
+            for r in of_row:
+                means.append(statistics.mean(part["mean"][metric] for part in r["shift"].values()))
+            lines.append("| " + " | ".join([about.title, *cells, spread(means)]) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def tables(found):
+    """All tables of one file of results, as Markdown."""
+    parts = [main_table(found), class_table(found, "i_auroc"), class_table(found, "p_ap")]
+    return "\n\n".join(part for part in (*parts, shift_table(found)) if part)
+
+
+# -------------------------------------------------------------------------------- the command line
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser("python -m docs.evidence", description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default="", help="folder in MVTec layout; without it: no training")
+    parser.add_argument("--teacher", default="resnet18", choices=TEACHERS, help="frozen network")
+    parser.add_argument("--weights", default="", help="file of its weights")
+    parser.add_argument("--seeds", default="0", help="separated by commas (default: 0)")
+    parser.add_argument("--rows", default=",".join(ROWS), help="some of them, separated by commas")
+    parser.add_argument("--minutes", type=int, default=20, help="of training on one thread (20)")
+    parser.add_argument("--shift", action="store_true", help="the same images under four shifts too")
+    parser.add_argument("--jobs", type=int, default=1, help="models at once, a thread each")
+    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    args = parser.parse_args(argv)
+    args.rows = args.rows.split(",")
+    for name in args.rows:
+        if name not in ROWS:
+            parser.error(f"--rows {name}: choose from {', '.join(ROWS)}")
+    args.seeds = [int(seed) for seed in args.seeds.split(",")]
+    return args
+
+
+def train(args):
+    """Everything that is asked for, several models at once; each one's records are kept at once."""
+    file = file_of(args.results, args.data, args.teacher)
+    models = [Model(name, seed, args) for seed in args.seeds for name in args.rows]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for new in pool.map(of_model, models):
+            write(file, replaced(read(file), new))
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.data:
+        train(args)
+    for file in sorted(args.results.glob("*.json")):
+        print(f"\n## {file.stem}\n\n{tables(read(file))}")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,83 @@
+"""The comparison of docs/protocol.md: what is run, what is kept, and that the page has what was kept."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from docs import evidence
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "measured.md"
+
+
+def test_the_page_has_the_tables_of_the_results():
+    """Every line of every table in docs/measured.md is what the kept numbers give."""
+    files = list(evidence.RESULTS.glob("*.json"))
+    assert files
+    for file in files:
+        for line in evidence.tables(evidence.read(file)).splitlines():
+            assert line in PAGE.read_text(), f"{file.name}: measured.md lacks a line that is printed: {line}"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Rows that train for a moment."""
+    small = "--image-size 64 --depths 1,1,1,1"
+    monkeypatch.setattr(evidence, "ROWS", {
+        "revdist": evidence.row("distillation", f"cada.py {small} --calibration-steps 2", 2, 2),
+        "omniad": evidence.row("Omni-AD", f"omniad.py {small}", 2, 2),
+    })
+    monkeypatch.setattr(evidence, "CALIBRATION", ("--calibration-steps", "2"))
+
+
+def test_rows_are_trained_asked_and_kept(small, tiny_data, tmp_path, capsys):
+    """A row that calibrates itself and one whose maps are calibrated, this one under shifts too: the records are
+    complete, without paths of this machine, and the same command again runs nothing."""
+    words = ["--data", str(tiny_data), "--teacher", "efficientnet_lite0", "--minutes", "1", "--jobs", "2",
+             "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    assert evidence.main([*words, "--rows", "revdist"]) == 0
+    assert evidence.main([*words, "--rows", "omniad", "--shift"]) == 0
+    file, = tmp_path.glob("*.json")
+    found = json.loads(file.read_text())
+    kinds = [(record["row"], record["calibration"]) for record in found]
+    assert kinds == [(row, name) for row in ("revdist", "omniad") for name in ("cada", "given", "none")]
+    for record in found:
+        assert record["steps"] == 2 and record["parameters"] > 0 and record["classes"]
+        assert "--data FOLDER" in record["command"] and str(tmp_path) not in file.read_text()
+        assert set(evidence.METRICS) <= set(record["mean"])
+    assert [len(record.get("shift", ())) for record in found] == [0, 0, 0, 0, 0, 4]
+    printed = capsys.readouterr().out
+    assert "python -m omniad" in printed and "| Omni-AD | 1 |" in printed and "| P-AUPRO | clean |" in printed
+    assert not list(tmp_path.glob("runs/*/model/maps"))
+    evidence.main([*words, "--rows", "revdist,omniad"])
+    assert "python -m" not in capsys.readouterr().out
+    assert json.loads(file.read_text()) == found
+
+
+def test_nothing_is_trained_for_the_nearest_neighbour():
+    """It has no steps, and nothing to calibrate."""
+    args = evidence.parse(["--data", "parts", "--rows", "nearest"])
+    model = evidence.Model("nearest", 0, args)
+    assert model.training()[0] == "docs/nearest.py"
+    assert not {"--steps", "--save-maps"} & set(model.training()) and not model.questions()
+
+
+def test_a_command_that_fails_is_named(small, tiny_data, tmp_path):
+    """One line says where its output is; what others of the command have kept stays."""
+    with pytest.raises(evidence.UsageError, match="output.txt"):
+        evidence.main(["--data", str(tiny_data), "--weights", "nowhere.pth", "--rows", "omniad", "--minutes", "1",
+                       "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)])
+
+
+def test_rows_that_are_not_there_are_refused(capsys):
+    """A wrong name ends in one line with the names."""
+    with pytest.raises(SystemExit):
+        evidence.main(["--rows", "onenipp"])
+    assert "choose from nearest-class" in capsys.readouterr().err
+
+
+def test_spread():
+    """Sample standard deviation; what is undefined is left out."""
+    assert evidence.spread([1.0, 3.0]) == "2.0 ± 1.4"
+    assert evidence.spread([None, 3.0]) == "3.0"
+    assert evidence.spread([None]) == "-"
