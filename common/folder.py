@@ -16,6 +16,7 @@ import errno
 import io
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 from common import UsageError
@@ -203,3 +204,15 @@ def write_csv(path, header, rows):
     writer.writerows(rows)
     # Bytes that are no UTF-8 in a file name are written as they are.
     write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def current_commit():
+    """Short hash of the checkout that the scripts lie in, with '+' if changed; None outside git."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
+    options = {"capture_output": True, "text": True, "check": True}
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], **options)
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], **options)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")

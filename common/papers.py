@@ -70,8 +70,17 @@ TABLES = {  # what each table is about
     },
 }
 
-QUALITY = ("i_auroc", "i_ap", "i_f1max", "p_auroc", "p_ap", "p_f1max", "p_aupro", "mad")
-COSTS = ("params_m", "flops_g")
+QUALITY = {  # metric: the head of its column
+    "i_auroc": "I-AUROC",
+    "i_ap": "I-AP",
+    "i_f1max": "I-F1max",
+    "p_auroc": "P-AUROC",
+    "p_ap": "P-AP",
+    "p_f1max": "P-F1max",
+    "p_aupro": "P-AUPRO",
+    "mad": "mAD",
+}
+COSTS = {"params_m": "M parameters", "flops_g": "G multiply-adds"}
 
 # The options that decide a result: those of these groups, and some of the group "data". The source
 # of textures does not count: the papers' (DTD) cannot be a default, since it must be downloaded.

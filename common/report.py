@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import UsageError, corruptions, data, metrics, options, pages, pictures, runtime
-from common.folder import write_csv
+from common import UsageError, corruptions, data, metrics, options, pages, papers, pictures, runtime
+from common.folder import current_commit, write_csv
 from common.pages import percent
 from common.pictures import distributions
 from common.prediction import predict
@@ -27,8 +27,7 @@ from common.prediction import predict
 __all__ = ["COLUMNS", "corruption", "distributions", "evaluate", "measure",
            "percent", "predict", "shifts"]
 
-COLUMNS = {"i_auroc": "I-AUROC", "i_ap": "I-AP", "i_f1max": "I-F1max", "p_auroc": "P-AUROC",
-           "p_ap": "P-AP", "p_f1max": "P-F1max", "p_aupro": "P-AUPRO", "mad": "mAD"}
+COLUMNS = papers.QUALITY
 COMPARED = ("i_auroc", "i_ap", "p_auroc", "p_ap")  # columns of `compare_table`
 
 
@@ -213,7 +212,7 @@ def _result(run, args, dataset, found, setting, seconds, paper, compare):
     if compare:
         result["compare"] = {name: _three_views(rep) for name, rep in compare.items()}
     result |= {"paper": paper, "images": len(found.rows), "seconds": {"train": round(seconds, 1)},
-               "versions": runtime.environment(), "seed": args.seed, "commit": runtime.commit()}
+               "versions": runtime.environment(), "seed": args.seed, "commit": current_commit()}
     if run.speed:  # a model was trained, not only evaluated
         result["speed"] = run.speed
     if dataset.problems:

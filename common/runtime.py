@@ -40,7 +40,6 @@ import os
 import platform
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -1139,18 +1138,6 @@ def environment():
     if torch.cuda.is_available():
         found["device"] = torch.cuda.get_device_name()
     return found
-
-
-def commit():
-    """Short hash of the checkout that the scripts lie in, with '+' if changed; None outside git."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
-    options = dict(capture_output=True, text=True, check=True)
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], **options)
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], **options)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
 
 
 def launch(main):

@@ -40,22 +40,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import UsageError, papers
+from common.folder import current_commit
 from common.options import default_preset, exit_with
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 
-COLUMNS = {
-    "i_auroc": "I-AUROC",
-    "i_ap": "I-AP",
-    "i_f1max": "I-F1max",
-    "p_auroc": "P-AUROC",
-    "p_ap": "P-AP",
-    "p_f1max": "P-F1max",
-    "p_aupro": "P-AUPRO",
-    "mad": "mAD",
-    "params_m": "M parameters",
-    "flops_g": "G multiply-adds",
-}
+COLUMNS = papers.QUALITY | papers.COSTS
 
 # Of a training with the laptop preset, on the embedded data and two cores: the scripts' docstrings.
 MINUTES = {"onenip": 5, "omniad": 4, "roads": 3, "cada": 2}
@@ -192,18 +182,6 @@ def folder_of(args, name, commit):
             if Job("", (), folder).state == wanted:
                 return folder
     return own
-
-
-def current_commit():
-    """Short hash of the checkout, with + if files are changed; "none" outside git."""
-    git = ["git", "-C", str(SCRIPTS)]
-    options = {"capture_output": True, "text": True, "check": True}
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], **options)
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], **options)
-    except (OSError, subprocess.CalledProcessError):
-        return "none"
-    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
 
 
 # -------------------------------------------------------------------------------- running commands
@@ -798,7 +776,7 @@ def main(argv=None):
     rows = papers.rows(args.paper, args.table)
     possible = [row for row in rows if row.options is not None]
     check_words(args, possible)
-    commit = current_commit()
+    commit = current_commit() or "none"
     shift, chains = has_shifts(possible), {}
     for row in possible:
         chains[row.name] = {}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from common import data, runtime
-from common.folder import write_csv
+from common.folder import current_commit, write_csv
 
 QUANTILE = 0.99
 AT_MOST = 256  # training images
@@ -68,7 +68,7 @@ def without_test_images(run, args, dataset, score, state):
         "seconds": {"train": round(state["seconds"], 1)},
         "versions": runtime.environment(),
         "seed": args.seed,
-        "commit": runtime.commit(),
+        "commit": current_commit(),
     }
     content = json.dumps(found, indent=1) + "\n"
     runtime.write_atomic(run.out / "threshold.json", content.encode())
