@@ -58,7 +58,8 @@ Where this file differs from the paper (P), which has no public code, or from it
   4. γ̂ - û is at least the smallest γ - u of a training image; metrics.json says how often it was not ("clamped").
   5. (u, σ), --statistic std: the head predicts û and σ̂; u + 3σ stands for γ in loss and calibration, as P's text says.
   6. RevDist and ReContrast: flattened cosine per image as in C, not per location as in reverse distillation's paper
-     (--cosine location). ReContrast follows C (amsgrad, eps 1e-10, encoder's batch norm in evaluation mode).
+     (--cosine location). No GELU ends RevDist's stages where the backbone's maps have negative values (EfficientNet).
+     ReContrast follows C (amsgrad, eps 1e-10, encoder's batch norm in evaluation mode).
      UniAD's map is the mean over channels of the squared error, resized with corners not aligned, as in C (Dinomaly's
      evaluation of UniAD); UniAD's own code takes the norm, with corners aligned.
   7. Learning rate x 0.2 at 80 % of the steps from C (UniAD: x 0.1, and its clipping at 0.1, from UniAD's code).
@@ -92,7 +93,8 @@ RECIPES = {
     "revdist": {
         "paper": dict(mask_rule="any"),
         # For two CPU cores: a smaller backbone (the model's widths follow), picture and depth, and
-        # many small steps; likewise below.
+        # many small steps; likewise below. Loss and steps of the head were chosen on a second drawing
+        # of the embedded data (docs/measured.md).
         "laptop": dict(
             image_size=192,
             backbone="efficientnet_lite0",
@@ -101,7 +103,8 @@ RECIPES = {
             batch_size=4,
             lr=5e-3,
             schedule="cosine",
-            calibration_steps=2000,
+            cosine="location",
+            calibration_steps=500,
             calibration_schedule="cosine",
             amp="auto",
         ),
@@ -561,10 +564,12 @@ class UpBlock(nn.Module):
 
     With `up` the output is (2h, 2w): 2x2 transposed convolutions of stride 2 stand in the place of
     the first 3x3 convolution, and on the skip. widen: see WIDEN; 0: a block of two convolutions.
+    signed: no GELU at the end.
     """
 
-    def __init__(self, c_in, c_out, up, widen):
+    def __init__(self, c_in, c_out, up, widen, signed=False):
         super().__init__()
+        self.signed = signed
         if widen:
             inner = c_out // 4 * widen
             layers = [
@@ -585,21 +590,24 @@ class UpBlock(nn.Module):
             self.skip = nn.Sequential(spread(c_in, c_out, up), nn.BatchNorm2d(c_out))
 
     def forward(self, x):
-        return F.gelu(self.residual(x) + self.skip(x))
+        y = self.residual(x) + self.skip(x)
+        return y if self.signed else F.gelu(y)
 
 
 class Decoder(nn.Module):
-    """φ -> f̂1, f̂2, f̂3, of the shapes of f1, f2, f3."""
+    """φ -> f̂1, f̂2, f̂3, of the shapes of f1, f2, f3. signed: whether these have negative values."""
 
-    def __init__(self, channels, depths, widen):
+    def __init__(self, channels, depths, widen, signed):
         super().__init__()
         widths = [2 * channels[2], *reversed(channels)]  # Wide-ResNet-50-2: 2048, 1024, 512, 256
         self.stages = nn.ModuleList()
         for c_in, c_out, depth in zip(widths, widths[1:], depths):
-            blocks = [UpBlock(c_in, c_out, up=True, widen=widen)]
-            for _ in range(depth - 1):
-                blocks.append(UpBlock(c_out, c_out, up=False, widen=widen))
-            self.stages.append(nn.Sequential(*blocks))
+            blocks = nn.Sequential()
+            for i in range(depth):
+                is_last = i == depth - 1
+                blocks.append(UpBlock(c_in, c_out, i == 0, widen, signed and is_last))
+                c_in = c_out
+            self.stages.append(blocks)
 
     def forward(self, x):
         rebuilt = []  # f̂3, f̂2, f̂1
@@ -623,6 +631,7 @@ class RevDist(nn.Module):
     recipe = RECIPES["revdist"]
     size_multiple = 32
     needs_images = False
+    direct = True  # the decoder's maps themselves are compared with the teacher's
 
     def __init__(self, args, channels, sides):
         super().__init__()
@@ -630,7 +639,9 @@ class RevDist(nn.Module):
         neck_depth, *depths = map(int, args.depths.split(","))
         widen = WIDEN.get(args.backbone, 0)
         self.neck = Neck(channels, neck_depth, widen)
-        self.decoder = Decoder(channels, depths, widen)
+        # a ResNet's maps end with a ReLU, and so, nearly, do the decoder's; EfficientNet's are signed
+        signed = self.direct and args.backbone.startswith("efficientnet")
+        self.decoder = Decoder(channels, depths, widen, signed)
         initialize(self.neck, self.decoder)
 
     @staticmethod
@@ -665,6 +676,7 @@ class ReContrast(RevDist):
 
     recipe = RECIPES["recontrast"]
     needs_images = True
+    direct = False  # `heads` stand between
 
     def __init__(self, args, channels, sides):
         super().__init__(args, channels, sides)

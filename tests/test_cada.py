@@ -124,6 +124,16 @@ def test_shapes(base, backbone):
         assert maps.shape == (2, image_size, image_size)
 
 
+@pytest.mark.parametrize("backbone, signed", [("resnet18", False), ("efficientnet_lite0", True)])
+def test_decoder_can_be_negative_where_its_teacher_is(backbone, signed):
+    """ResNet's maps end with a ReLU, and a stage of the decoder with a GELU, whose least value is -0.17; EfficientNet's
+    are signed, and what could not be rebuilt would be an error in every normal image."""
+    model, features, _ = make(backbone=backbone)
+    targets, rebuilt, _ = forward(model, features, pictures())
+    for f, ours in zip(targets, rebuilt):
+        assert (f < -0.2).any().item() is (ours < -0.2).any().item() is signed
+
+
 def test_features_survive_the_row():
     """RevDist: the backbone's three maps; UniAD: all resized to stride 16 and joined. No gradient, always eval."""
     images = pictures(2)
