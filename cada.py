@@ -93,8 +93,8 @@ RECIPES = {
     "revdist": {
         "paper": dict(mask_rule="any"),
         # For two CPU cores: a smaller backbone (the model's widths follow), picture and depth, and
-        # many small steps; likewise below. Loss and steps of the head were chosen on a second drawing
-        # of the embedded data (docs/measured.md).
+        # many small steps; likewise below. Loss, statistic and steps of the head were chosen on a
+        # second drawing of the embedded data (docs/measured.md).
         "laptop": dict(
             image_size=192,
             backbone="efficientnet_lite0",
@@ -104,6 +104,7 @@ RECIPES = {
             lr=5e-3,
             schedule="cosine",
             cosine="location",
+            statistic="score",
             calibration_steps=500,
             calibration_schedule="cosine",
             amp="auto",
@@ -1512,14 +1513,14 @@ def base_of_checkpoint(args, state):
                 changed.append(field.name)
     if "calibration" in state["finished"] and not changed and not args.refit:
         return state
+    options = ", ".join("--" + name.replace("_", "-") for name in changed) or "no calibration"
     if args.predict:
         raise UsageError(
-            "--predict needs a checkpoint whose calibration is finished and has the same options; "
-            "--eval without --predict writes one"
+            f"--predict with {options}: needs a checkpoint whose calibration is finished and has the "
+            "same options; --eval without --predict writes one"
         )
     fitted_on = state.get("fitted_on", data_of(Args(data=saved["data"], classes=saved["classes"])))
     if data_of(args) != fitted_on and not args.refit:
-        options = ", ".join("--" + name.replace("_", "-") for name in changed) or "no calibration"
         raise UsageError(
             f"--eval on other data than the calibration was fitted on ({fitted_on}), with {options} "
             "changed: --refit fits it anew, on the training images of --data"

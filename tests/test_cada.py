@@ -751,18 +751,23 @@ def test_a_threshold_fixed_on_images_that_neither_stage_has_seen(tiny_data, tmp_
     assert done.status == 2 and "--fix-threshold" in done.err and done.err.count("\n") == 1
 
 
-def test_statistic_score_follows_the_scoring_options(finished, tmp_path, command):
-    """Where γ is the image score, another --score or --smoothing asks for another head; else it does not."""
-    first = tmp_path / "first"
-    assert command("cada", "--eval", finished[0] / "checkpoint.pt", "--statistic", "score", "--out", first).status == 0
+@pytest.mark.parametrize("statistic", ["score", "max"])
+def test_statistic_score_follows_the_scoring_options(statistic, finished, tmp_path, command):
+    """Where γ is the image score, as in the laptop preset, another --score or --smoothing asks for another head; else
+    it does not."""
+    first = finished[0] / "checkpoint.pt"
+    if statistic == "max":
+        assert command("cada", "--eval", first, "--statistic", statistic, "--out", tmp_path / "max").status == 0
+        first = tmp_path / "max" / "checkpoint.pt"
     for i, words in enumerate(((), ("--score", "max"), ("--smoothing", 0))):
         out = tmp_path / str(i)
-        assert command("cada", "--eval", first / "checkpoint.pt", "--out", out, *words).status == 0, words
-        assert (out / "checkpoint.pt").exists() == bool(words), words
+        assert command("cada", "--eval", first, "--out", out, *words).status == 0, words
+        assert (out / "checkpoint.pt").exists() == (statistic == "score" and bool(words)), words
 
 
 def test_scoring_options_and_shifts_at_evaluation(finished, tmp_path, command, metrics_of):
-    """They act on the finished calibration; a shifted pass sees shifted images, never maps kept of the clean ones."""
+    """They act on the finished calibration, but where γ is the image score another rule for it asks for another head; a
+    shifted pass sees shifted images, never maps kept of the clean ones."""
     checkpoint = finished[0] / "checkpoint.pt"
 
     def numbers_and_scores(folder):
@@ -771,7 +776,7 @@ def test_scoring_options_and_shifts_at_evaluation(finished, tmp_path, command, m
     for i, words in enumerate((("--corrupt", "gaussian_noise:5"), ("--smoothing", 0), ("--score", "max"))):
         assert command("cada", "--eval", checkpoint, "--out", tmp_path / str(i), *words).status == 0, words
         assert numbers_and_scores(tmp_path / str(i)) != numbers_and_scores(finished[0]), words
-        assert not (tmp_path / str(i) / "checkpoint.pt").exists()
+        assert (tmp_path / str(i) / "checkpoint.pt").exists() == (words[0] != "--corrupt")
     words = ("--classes", "screw,capsule", "--shift", "all", "--out", tmp_path / "shift")
     done = command("cada", "--eval", checkpoint, *words)
     assert done.status == 0, done.err
