@@ -70,14 +70,14 @@ def row(title, command, *pace):
 
 NEAREST = "docs/nearest.py --average 3"
 CADA = "cada.py --image-size 256"
-ROADS = "roads.py --image-size 256 --batch-size 8 --distance flat"
+ROADS = "roads.py --image-size 256 --batch-size 8"
 ROWS = {
     "nearest-class": row("nearest neighbour, knows the class", NEAREST),
     "nearest": row("nearest neighbour", f"{NEAREST} --memory all"),
     "uniad": row("UniAD", f"{CADA} --base uniad --image-size 224", 1400, 1800),
     "revdist": row("reverse distillation", CADA, 140, 140),
     "recontrast": row("ReContrast", f"{CADA} --base recontrast", 65, 65),
-    "onenip": row("OneNIP", "onenip.py --image-size 224 --jitter 5 --bank 4 --alpha 0.5", 200, 220),
+    "onenip": row("OneNIP", "onenip.py --image-size 224 --bank 4", 200, 220),
     "omniad": row("Omni-AD", "omniad.py --image-size 256", 90, 120),
     "roads-0": row("ROADS-0, distillation alone", f"{ROADS} --no-prompts --no-adapter", 60, 60),
     "roads-1": row("ROADS-1, adapter", f"{ROADS} --no-prompts", 50, 50),
@@ -87,8 +87,13 @@ ROWS = {
     "roads-in": row("ROADS, instance norm", f"{ROADS} --adapter instance-norm", 50, 50),
 }
 CALIBRATION = ()  # options for the calibration of another script's maps: none but the preset's
-# Omni-AD's recipe for the unequal maps of a ResNet (docs/measured.md): chosen on training images.
-FOR_RESNET = {"omniad": ("--standardize", "--clip", "0.2", "--lr", "5e-4")}
+# By script, what the presets, made for EfficientNet-Lite0, have otherwise: reverse distillation's loss as in its
+# authors' code; Omni-AD's recipe for maps of unequal magnitude, chosen on training images (docs/measured.md).
+FOR_RESNET = {
+    "cada.py": ("--cosine", "flat"),
+    "roads.py": ("--distance", "flat"),
+    "omniad.py": ("--standardize", "--clip", "0.2", "--lr", "5e-4"),
+}
 
 
 # ---------------------------------------------------------------------------------------- commands
@@ -120,7 +125,7 @@ class Model:
         if self.args.weights:
             words += ["--weights", self.args.weights]
         if self.args.teacher == "resnet18":
-            words += FOR_RESNET.get(self.name, ())
+            words += FOR_RESNET.get(self.row.script, ())
         if self.steps:
             words += ["--steps", str(self.steps)]
         if self.row.script != "cada.py" and self.steps:
@@ -242,6 +247,11 @@ def file_of(results, data, teacher):
     """docs/results/DATA-TEACHER.json."""
     name = re.sub(r"[^\w-]", "_", Path(data).resolve().name)
     return results / f"{name}-{teacher}.json"
+
+
+def files(results):
+    """Those that are there, in the order of their names."""
+    return sorted(file for teacher in TEACHERS for file in results.glob(f"*-{teacher}.json"))
 
 
 def read(file):
@@ -386,7 +396,7 @@ def main(argv=None):
     args = parse(argv)
     if args.data:
         train(args)
-    for file in sorted(args.results.glob("*.json")):
+    for file in files(args.results):
         print(f"\n## {file.stem}\n\n{tables(read(file))}")
     return 0
 
