@@ -50,6 +50,7 @@ OF_THE_RUN = (
     "threads",
     "holdout",
     "cache",
+    "refit",  # cada.py: asked for once, it must not be done again by whoever evaluates the result
 )
 # What a resumed run may change: it leaves the trained model as it would have been.
 FREE_ON_RESUME = (

@@ -712,7 +712,12 @@ def test_a_fit_on_other_data_must_be_asked_for(finished, tiny_data, tmp_path, co
     done = command("cada", *words, "--calibrate", "given", "--out", tmp_path / "refused")
     assert done.status == 2 and "--refit" in done.err and "--calibrate" in done.err and done.err.count("\n") == 1
     assert command("cada", *words, "--calibrate", "given", "--refit", "--out", tmp_path / "refit").status == 0
-    assert metrics_of(tmp_path / "refit")["setting"]["fitted on"] == f"{tiny_data}, screw,capsule only"
+    fitted = f"{tiny_data}, screw,capsule only"
+    assert metrics_of(tmp_path / "refit")["setting"]["fitted on"] == fitted
+    # asked for once: who evaluates the result on other images does not fit it to them
+    words = ("--eval", tmp_path / "refit" / "checkpoint.pt", "--classes", "capsule", "--out", tmp_path / "other")
+    assert command("cada", *words).status == 0
+    assert metrics_of(tmp_path / "other")["setting"]["fitted on"] == fitted
 
 
 def test_contaminated_training_images_stay_out_of_the_test_set(tiny_data, tmp_path, command, metrics_of):
