@@ -165,8 +165,7 @@ def run(words, folder):
     training = "--eval" not in words and "--base-run" not in words
     if (folder / "args.json").is_file():
         words = ["--resume"] if training else [*words, "--overwrite"]
-    module = script.removesuffix(".py").replace("/", ".")
-    command = ["-m", module, *words, "--out", str(folder)]
+    command = ["-m", module_of(script), *words, "--out", str(folder)]
     print(f"python {shlex.join(command)}", flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(folder / "output.txt", "w") as file:
@@ -175,6 +174,11 @@ def run(words, folder):
         )
     if done.returncode:
         raise UsageError(f"a command failed: {folder / 'output.txt'}")
+
+
+def module_of(script):
+    """docs/nearest.py -> docs.nearest."""
+    return script.removesuffix(".py").replace("/", ".")
 
 
 def of_model(model):
@@ -207,7 +211,7 @@ def records(model, results):
             "minutes": model.args.minutes,
             "steps": model.steps,
             "commit": trained["commit"],
-            "command": shlex.join(["python", *anonymous(model)]),
+            "command": " ".join(["python", *anonymous(model)]),
             "parameters": trained["setting"].get("parameters", 0),
             "seconds": trained["seconds"]["train"],
             "mean": per_cent(result["mean"]),
@@ -227,9 +231,12 @@ def records(model, results):
 
 
 def anonymous(model):
-    """The command with FOLDER and FILE in place of this machine's paths."""
+    """The words of the training's command, with FOLDER and FILE in place of this machine's paths."""
     hidden = {model.args.data: "FOLDER", model.args.weights: "FILE"}
-    return [hidden.get(word, word) for word in model.training()]
+    script, *words = [hidden.get(word, word) for word in model.training()]
+    if "/" in script:
+        script = f"-m {module_of(script)}"
+    return [script, *words]
 
 
 def per_cent(values):
