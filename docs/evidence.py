@@ -408,5 +408,14 @@ def main(argv=None):
     return 0
 
 
+def launch(argv=None):
+    """The command: what went wrong is one line on stderr and exit status 2."""
+    try:
+        return main(argv)
+    except UsageError as error:
+        print(f"evidence: {error}", file=sys.stderr)
+        return 2
+
+
 if __name__ == "__main__":
-    exit_with(main)
+    exit_with(launch)

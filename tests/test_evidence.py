@@ -62,11 +62,14 @@ def test_nothing_is_trained_for_the_nearest_neighbour():
     assert not {"--steps", "--save-maps"} & set(model.training()) and not model.questions()
 
 
-def test_a_command_that_fails_is_named(small, tiny_data, tmp_path):
-    """One line says where its output is; what others of the command have kept stays."""
-    with pytest.raises(evidence.UsageError, match="output.txt"):
-        evidence.main(["--data", str(tiny_data), "--weights", "nowhere.pth", "--rows", "omniad", "--minutes", "1",
-                       "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)])
+def test_a_command_that_fails_is_named(small, tiny_data, tmp_path, capsys):
+    """One line says where its output is, and the exit status is 2."""
+    words = ["--data", str(tiny_data), "--weights", "nowhere.pth", "--rows", "omniad", "--minutes", "1",
+             "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    assert evidence.launch(words) == 2
+    error = capsys.readouterr().err
+    assert "output.txt" in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_rows_that_are_not_there_are_refused(capsys):
