@@ -568,7 +568,7 @@ class UpBlock(nn.Module):
     signed: no GELU at the end.
     """
 
-    def __init__(self, c_in, c_out, up, widen, signed=False):
+    def __init__(self, c_in, c_out, up, widen, signed):
         super().__init__()
         self.signed = signed
         if widen:
@@ -640,8 +640,7 @@ class RevDist(nn.Module):
         neck_depth, *depths = map(int, args.depths.split(","))
         widen = WIDEN.get(args.backbone, 0)
         self.neck = Neck(channels, neck_depth, widen)
-        # a ResNet's maps end with a ReLU, and so, nearly, do the decoder's; EfficientNet's are signed
-        signed = self.direct and args.backbone.startswith("efficientnet")
+        signed = self.direct and backbones.signed(args.backbone)
         self.decoder = Decoder(channels, depths, widen, signed)
         initialize(self.neck, self.decoder)
 
@@ -1511,7 +1510,9 @@ def base_of_checkpoint(args, state):
         if field.metadata["group"] in groups and field.name != "refit":
             if getattr(args, field.name) != saved[field.name]:
                 changed.append(field.name)
-    if "calibration" in state["finished"] and not changed and not args.refit:
+    if args.refit:
+        changed.append("refit")
+    if "calibration" in state["finished"] and not changed:
         return state
     options = ", ".join("--" + name.replace("_", "-") for name in changed) or "no calibration"
     if args.predict:

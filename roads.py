@@ -513,8 +513,7 @@ class ROADS(nn.Module):
     @staticmethod
     def stage(c_in, width, depth, args):
         """`depth` residual blocks, of which the first doubles the size."""
-        # a ResNet's maps end with a ReLU and so do the student's; EfficientNet's are signed
-        signed = args.backbone.startswith("efficientnet")
+        signed = backbones.signed(args.backbone)  # else a ReLU ends the student's maps, too
         divisor = inner_divisor(args.backbone)
         blocks = nn.ModuleList()
         for i in range(depth):

@@ -446,6 +446,11 @@ def pyramid_stages(name):
     return 1, 2, 3
 
 
+def signed(name):
+    """Whether a backbone's maps have negative values: a ReLU ends ResNet's stages, a linear layer EfficientNet's."""
+    return name.startswith("efficientnet")
+
+
 # ---------------------------------------------------------------------------------------------------------- weights
 
 
