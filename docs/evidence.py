@@ -32,18 +32,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UsageError
+from common import UsageError, papers, tables
 from common.options import exit_with
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 TEACHERS = ("resnet18", "efficientnet_lite0")
-METRICS = {
-    "i_auroc": "I-AUROC",
-    "p_auroc": "P-AUROC",
-    "p_ap": "P-AP",
-    "p_aupro": "P-AUPRO",
-}
+METRICS = ("i_auroc", "p_auroc", "p_ap", "p_aupro")  # columns of the first table
 
 
 @dataclass(frozen=True)
@@ -137,21 +132,19 @@ class Model:
 
     def questions(self):
         """{part: words of the command that asks it of the trained model}."""
-        found = {}
+        found, seed = {}, ["--seed", str(self.seed)]
+        again = [self.row.script, "--eval", self.checkpoint(), *seed]
+        plain = ["--calibrate", "none"] if self.row.calibrates_itself else []
         if self.row.calibrates_itself:
-            again = [self.row.script, "--eval", self.checkpoint(), "--seed", str(self.seed)]
             found["given"] = [*again, "--calibrate", "given"]
-            if self.args.shift:
-                found["shift-none"] = [*again, "--calibrate", "none", "--shift", "all"]
-                found["shift-cada"] = [*again, "--shift", "all"]
         elif self.steps:
-            maps = ["cada.py", "--base-run", str(self.folder()), "--seed", str(self.seed)]
-            maps += CALIBRATION
+            maps = ["cada.py", "--base-run", str(self.folder()), *seed, *CALIBRATION]
             found["given"] = [*maps, "--calibrate", "given"]
             found["cada"] = maps
-        if self.args.shift and not self.row.calibrates_itself:
-            again = [self.row.script, "--eval", self.checkpoint(), "--seed", str(self.seed)]
-            found["shift-none"] = [*again, "--shift", "all"]
+        if self.args.shift:
+            found["shift-none"] = [*again, *plain, "--shift", "all"]
+            if self.row.calibrates_itself:
+                found["shift-cada"] = [*again, "--shift", "all"]
         return found
 
 
@@ -291,48 +284,49 @@ def replaced(found, new):
 
 
 def spread(values):
-    """Numbers of several seeds -> text."""
+    """Numbers of several seeds -> text; what is undefined is left out."""
     known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    text = f"{statistics.mean(known):.1f}"
-    return f"{text} ± {statistics.stdev(known):.1f}" if len(known) > 1 else text
+    return tables.cell(dict(enumerate(known)))
+
+
+def grid(heads, rows):
+    """Lists of cells -> a table in Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
+    lines.insert(1, "|" + "---|" * len(heads))
+    return "\n".join(lines)
+
+
+def by_row(found):
+    """[(title, the row's records)] of the rows that have any, in the order of `ROWS`."""
+    pairs = [(about.title, [r for r in found if r["row"] == name]) for name, about in ROWS.items()]
+    return [(title, records) for title, records in pairs if records]
 
 
 def main_table(found):
     """Every row, plain and calibrated: the four metrics of the mean over classes, and the pool."""
-    lines = [
-        "| | seeds | " + " | ".join(METRICS.values()) + " | pool | pool, CADA | pool, CaDA-A |"
-        " I-AUROC, CADA |",
-        "|---|" + "---|" * (len(METRICS) + 5),
-    ]
-    for name, about in ROWS.items():
+    heads = ["row", "seeds", *(papers.QUALITY[metric] for metric in METRICS)]
+    heads += ["pool", "pool, CADA", "pool, CaDA-A", "I-AUROC, CADA"]
+    rows = []
+    for title, of_row in by_row(found):
         of = {}
         for calibration in ("none", "cada", "given"):
-            of[calibration] = [r for r in found if (r["row"], r["calibration"]) == (name, calibration)]
-        if not of["none"]:
-            continue
-        cells = [about.title, str(len(of["none"]))]
-        for metric in METRICS:
-            cells.append(spread([r["mean"][metric] for r in of["none"]]))
-        for calibration in ("none", "cada", "given"):
-            cells.append(spread([r["mixed"]["i_auroc"] for r in of[calibration]]))
+            of[calibration] = [r for r in of_row if r["calibration"] == calibration]
+        cells = [title, str(len(of["none"]))]
+        cells += [spread([r["mean"][metric] for r in of["none"]]) for metric in METRICS]
+        cells += [spread([r["mixed"]["i_auroc"] for r in records]) for records in of.values()]
         cells.append(spread([r["mean"]["i_auroc"] for r in of["cada"]]))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return grid(heads, rows)
 
 
 def class_table(found, metric):
     """One metric of every class, not calibrated."""
     found = [r for r in found if r["calibration"] == "none"]
     classes = list(found[0]["classes"]) if found else []
-    lines = [f"| {METRICS[metric]} | " + " | ".join(classes) + " |", "|---|" + "---|" * len(classes)]
-    for name, about in ROWS.items():
-        of_row = [r for r in found if r["row"] == name]
-        if of_row:
-            cells = [spread([r["classes"][cls][metric] for r in of_row]) for cls in classes]
-            lines.append("| " + " | ".join([about.title, *cells]) + " |")
-    return "\n".join(lines)
+    rows = []
+    for title, records in by_row(found):
+        rows.append([title, *(spread([r["classes"][cls][metric] for r in records]) for cls in classes)])
+    return grid([papers.QUALITY[metric], *classes], rows)
 
 
 def shift_table(found):
@@ -341,26 +335,23 @@ def shift_table(found):
     if not found:
         return ""
     conditions = list(found[0]["shift"])
-    heads = ["clean", *(condition.partition(":")[0] for condition in conditions), "shifted, mean"]
+    names = [condition.partition(":")[0] for condition in conditions]
     parts = []
     for metric in ("i_auroc", "p_aupro"):
-        lines = [f"| {METRICS[metric]} | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
-        for name, about in ROWS.items():
-            of_row = [r for r in found if r["row"] == name]
-            if not of_row:
-                continue
-            cells = [spread([r["mean"][metric] for r in of_row])]
+        rows = []
+        for title, records in by_row(found):
+            cells = [title, spread([r["mean"][metric] for r in records])]
             for condition in conditions:
-                cells.append(spread([r["shift"][condition]["mean"][metric] for r in of_row]))
+                cells.append(spread([r["shift"][condition]["mean"][metric] for r in records]))
             means = []
-            for r in of_row:
+            for r in records:
                 means.append(statistics.mean(part["mean"][metric] for part in r["shift"].values()))
-            lines.append("| " + " | ".join([about.title, *cells, spread(means)]) + " |")
-        parts.append("\n".join(lines))
+            rows.append([*cells, spread(means)])
+        parts.append(grid([papers.QUALITY[metric], "clean", *names, "shifted, mean"], rows))
     return "\n\n".join(parts)
 
 
-def tables(found):
+def text_of(found):
     """All tables of one file of results, as Markdown."""
     parts = [main_table(found), class_table(found, "i_auroc"), class_table(found, "p_ap")]
     return "\n\n".join(part for part in (*parts, shift_table(found)) if part)
@@ -404,7 +395,7 @@ def main(argv=None):
     if args.data:
         train(args)
     for file in files(args.results):
-        print(f"\n## {file.stem}\n\n{tables(read(file))}")
+        print(f"\n## {file.stem}\n\n{text_of(read(file))}")
     return 0
 
 

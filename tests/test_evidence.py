@@ -15,7 +15,7 @@ def test_the_page_has_the_tables_of_the_results():
     files = evidence.files(evidence.RESULTS)
     assert files
     for file in files:
-        for line in evidence.tables(evidence.read(file)).splitlines():
+        for line in evidence.text_of(evidence.read(file)).splitlines():
             assert line in PAGE.read_text(), f"{file.name}: measured.md lacks a line that is printed: {line}"
 
 
