@@ -40,7 +40,7 @@ Commands
     python cada.py --base-run runs/onenip-mvtec --out runs/cada-onenip
                                                  calibrates what another script's run kept by --save-maps
     Beside the common files: calibration.json (one threshold for the pool, with the best F1 or with 5 % false alarms,
-    and what it does to each class, with and without calibration; the correlations of departure 10) and, in pictures/,
+    and what it does to each class, with and without calibration; the correlations of departure 11) and, in pictures/,
     distributions.png (Fig. 5), pixels.png (the same of pixels), changed.png (Fig. 6).
 
 Where this file differs from the paper (P), which has no public code, or from its authors' other code (C), and why
@@ -65,8 +65,11 @@ Where this file differs from the paper (P), which has no public code, or from it
   7. Learning rate x 0.2 at 80 % of the steps from C (UniAD: x 0.1, and its clipping at 0.1, from UniAD's code).
   8. Maps of --base-run are divided by the mean maximum of the training images, so that α and the learning rate of the
      head suit every method. Calibration undoes it; no metric depends on it.
-  9. Masks by the rule "any" in the paper's preset, since C has them so.
-  10. Reported in addition: the correlation of the expected γ̂ and the image's own γ inside a class. A head that followed
+  9. --norm-power p (not in P, off in its preset) weighs a cosine distance by the root mean square of the teacher's
+     channels there, to the power p. On a plain background these are small and their direction is mostly noise, which no
+     decoder rebuilds: without a weight it outshines the object.
+ 10. Masks by the rule "any" in the paper's preset, since C has them so.
+  11. Reported in addition: the correlation of the expected γ̂ and the image's own γ inside a class. A head that followed
      the image instead of its class would cancel anomalies; near 0 is right.
 
 Paper, MVTec AD, RevDist + CADA (without), 256 px: mean I-AUROC 98.2 (97.8), P-AUROC 96.1 (96.4); all classes in one
@@ -104,6 +107,7 @@ RECIPES = {
             lr=5e-3,
             schedule="cosine",
             cosine="location",
+            norm_power=0.25,
             statistic="score",
             calibration_steps=500,
             calibration_schedule="cosine",
@@ -262,6 +266,14 @@ class Args(Options):
         "RevDist's loss: one cosine of each image's flattened map, or one per location",
         group="training",
         choices=("flat", "location"),
+    )
+    norm_power: float = option(
+        0.0,
+        "a distance on the map counts by the magnitude of the teacher's features there, to this "
+        "power; 0: not at all, as in the paper",
+        group="calibration",
+        low=0.0,
+        high=2.0,
     )
     calibrate: str = option(
         "cada",
@@ -518,7 +530,7 @@ def expected(out, statistic):
 #     optimizer(args)
 #     forward(maps, images)          -> targets, reconstructions (lists of maps), φ (B, C, h, w)
 #     loss(targets, rebuilt, progress, args)    progress from 0 to 1 -> scalar
-#     anomaly_map(targets, rebuilt, size)       -> (B, size, size)
+#     anomaly_map(targets, rebuilt, args)       -> (B, S, S)
 # and stands in `BASES`.
 
 # Inner width of the bottleneck blocks, in multiples of ResNet's; other backbones get basic blocks.
@@ -662,8 +674,9 @@ class RevDist(nn.Module):
         return kernels.cosine_loss(targets, rebuilt, flat=args.cosine == "flat")
 
     @staticmethod
-    def anomaly_map(targets, rebuilt, size):
-        return kernels.cosine_map(targets, rebuilt, size, reduce="mean")
+    def anomaly_map(targets, rebuilt, args):
+        size, power = args.image_size, args.norm_power
+        return kernels.cosine_map(targets, rebuilt, size, reduce="mean", power=power)
 
 
 # ------------------------------------------------------------------------------ bases: ReContrast
@@ -916,9 +929,10 @@ class UniAD(nn.Module):
         return F.mse_loss(rebuilt[0], targets[0])
 
     @staticmethod
-    def anomaly_map(targets, rebuilt, size):
+    def anomaly_map(targets, rebuilt, args):
+        size = (args.image_size, args.image_size)
         error = (rebuilt[0] - targets[0]).square().mean(dim=1, keepdim=True)  # (B, 1, h, w)
-        return F.interpolate(error, (size, size), mode="bilinear", align_corners=False)[:, 0]
+        return F.interpolate(error, size, mode="bilinear", align_corners=False)[:, 0]
 
 
 BASES = {"revdist": RevDist, "recontrast": ReContrast, "uniad": UniAD}
@@ -937,7 +951,7 @@ class Trained:
         maps = self.features.maps(images)
         with self.run.autocast():
             targets, rebuilt, phi = self.model.eval()(maps, images)
-        return self.model.anomaly_map(targets, rebuilt, self.args.image_size), phi.float()
+        return self.model.anomaly_map(targets, rebuilt, self.args), phi.float()
 
 
 class Recorded:
@@ -1460,6 +1474,11 @@ def check(args):
     if args.hidden % args.heads or args.hidden % 2:
         raise UsageError(
             f"--hidden {args.hidden}: must be a multiple of --heads {args.heads} and of 2"
+        )
+    if args.norm_power and (args.base == "uniad" or args.base_run):
+        raise UsageError(
+            f"--norm-power {args.norm_power:g} weighs cosine distances, which the maps of "
+            f"{'--base-run' if args.base_run else '--base uniad'} are not"
         )
     if args.init == "pca" and args.base != "uniad":
         raise UsageError(f"--init pca is a start of --base uniad, which --base {args.base} has not")

@@ -169,7 +169,7 @@ def compile_cosine(shape, dtype, arch, memory_format=torch.contiguous_format):
         x = torch.empty(B, *scale, dtype=dtype, device="meta")
         maps.append(x.to(memory_format=memory_format))
     with aot.recording(arch) as kernels:
-        map_triton(maps, maps, height, width, False)
+        map_triton(maps, maps, height, width, False, 0.25)
         loss, factors = loss_triton(maps, maps, False)
         loss_grad_triton(maps, maps, factors, loss)
     return kernels

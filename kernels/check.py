@@ -134,6 +134,10 @@ def cosine_cases(name, shape, dtype, device):
             functools.partial(cosine_map, size=size),
             functools.partial(cosine_map_formula, size=size),
         ),
+        "weighted map": (
+            functools.partial(cosine_map, size=size, power=0.25),
+            functools.partial(cosine_map_formula, size=size, power=0.25),
+        ),
         "flat loss": (cosine_loss, cosine_loss_formula),
         "loss by location": (
             functools.partial(cosine_loss, flat=False),

@@ -2,7 +2,8 @@
 
     ts = sum_c t_c s_c    tt = sum_c t_c^2    ss = sum_c s_c^2     three moments per location
     d  = 1 - ts / (max(sqrt(tt), eps) max(sqrt(ss), eps))          distance per location and scale
-    A(y, x) = sum over scales of bilinear(d)(y, x)                 anomaly map (or their mean)
+    w  = (tt / C)^(power/2)                                        its weight; 1 in the papers: power = 0
+    A(y, x) = sum over scales of bilinear(w d)(y, x)               anomaly map (or their mean)
     L = sum over scales of the mean of d                           loss
 
 The features are large, everything after them is small, so the work has two steps (who reads what,
@@ -38,7 +39,7 @@ REDUCE = ("sum", "mean")
 
 
 @torch.no_grad()
-def cosine_map(teachers, students, size, reduce="sum", *, backend="auto"):
+def cosine_map(teachers, students, size, reduce="sum", *, power=0.0, backend="auto"):
     """Anomaly map: per scale 1 - cos(teacher, student) along the channels, resized, reduced over
     scales.
 
@@ -47,20 +48,26 @@ def cosine_map(teachers, students, size, reduce="sum", *, backend="auto"):
     students  list of maps of the same shapes.
     size      (H, W) of the map, or one int for both. Bilinear, corners aligned.
     reduce    over the scales: "sum" (reverse distillation) or "mean".
+    power     at least 0. A distance is weighted by the root mean square of the teacher's channels
+              there, to this power. Where a plain background leaves that small, the direction is
+              mostly noise, which no student rebuilds. 0: no weights, as in the papers.
     backend   "auto" (Triton on CUDA tensors where it works, plain PyTorch elsewhere; see
               `set_backend`), "triton" or "torch".
 
-    Returns the map (B, H, W), each scale's share in [0, 2]; float32 (float64 for float64
+    Returns the map (B, H, W), each scale's share in [0, 2] unless weighted; float32 (float64 for float64
     features); it carries no gradient, which `cosine_loss` does. Raises ValueError for shapes or
     options that do not fit, RuntimeError for Triton where it cannot run.
     """
-    grids = _check(teachers, students)
+    scales = _check(teachers, students)
     height, width = _size(size)
     if reduce not in REDUCE:
         raise ValueError(f"cosine_map: reduce {reduce!r}: choose one of {', '.join(REDUCE)}")
+    if not power >= 0:
+        raise ValueError(f"cosine_map: power {power!r}: must be at least 0")
     if _use_triton(backend, teachers, students):
-        return map_triton(list(teachers), list(students), height, width, reduce == "mean")
-    return sample_torch(moments(teachers, students), grids, (height, width), reduce)
+        mean, power = reduce == "mean", float(power)
+        return map_triton(list(teachers), list(students), height, width, mean, power)
+    return sample_torch(moments(teachers, students), scales, (height, width), reduce, power)
 
 
 def cosine_loss(teachers, students, flat=True, *, backend="auto"):
@@ -73,12 +80,11 @@ def cosine_loss(teachers, students, flat=True, *, backend="auto"):
     direction: its gradient is zero. Arguments and errors as for `cosine_map`; float32 (float64 for
     float64 features).
     """
-    grids = _check(teachers, students)
+    scales = _check(teachers, students)
     if _use_triton(backend, teachers, students):
         return _CosineLoss.apply(flat, len(teachers), *teachers, *students)
-    scales = moments(teachers, students).split([h * w for h, w in grids], dim=2)  # each (3, B, h*w)
     total = 0.0
-    for m in scales:
+    for m in of_scales(moments(teachers, students), scales):  # (3, B, h*w)
         if flat:
             m = m.sum(dim=2)  # (3, B, h*w) -> (3, B): the moments of the long vector
         total = total + cosine_distance(m).mean()
@@ -86,8 +92,8 @@ def cosine_loss(teachers, students, flat=True, *, backend="auto"):
 
 
 def _check(teachers, students):
-    """Raise ValueError, in one line that says what is wrong, unless the maps fit; return [(h, w),
-    ...]."""
+    """Raise ValueError, in one line that says what is wrong, unless the maps fit; return the
+    shape (C, h, w) of each scale."""
     if len(teachers) != len(students) or not students:
         raise ValueError(
             f"cosine distance: {len(teachers)} teacher and {len(students)} student maps: "
@@ -108,7 +114,7 @@ def _check(teachers, students):
                 f"cosine distance: scale {i}: floating-point maps on one device, "
                 f"got {t.dtype} on {t.device} and {s.dtype} on {s.device}"
             )
-    return [tuple(s.shape[2:]) for s in students]
+    return [tuple(s.shape[1:]) for s in students]
 
 
 def _size(size):
@@ -140,11 +146,13 @@ def shape_name(shape):
 # --------------------------------------------------------------------------------------------------
 
 
-def cosine_map_formula(teachers, students, size, reduce="sum"):
+def cosine_map_formula(teachers, students, size, reduce="sum", power=0.0):
     """The definition of the map, as reverse distillation's code computes it; as `cosine_map`."""
     maps = []
     for t, s in zip(teachers, students):  # (B, C, h, w)
         d = 1 - F.cosine_similarity(t, s, dim=1, eps=EPS).unsqueeze(1)  # (B, 1, h, w)
+        if power:
+            d = d * t.square().mean(dim=1, keepdim=True).pow(power / 2)
         maps.append(F.interpolate(d, size=size, mode="bilinear", align_corners=True).squeeze(1))
     total = torch.stack(maps).sum(dim=0)  # (S, B, H, W) -> (B, H, W)
     return total / len(maps) if reduce == "mean" else total
@@ -238,14 +246,21 @@ def cosine_distance(moments):
     return 1 - ts * tt.clamp_min(EPS**2).rsqrt() * ss.clamp_min(EPS**2).rsqrt()
 
 
-def sample_torch(moments, grids, size, reduce):
-    """The map (B, H, W) from the moments (3, B, L) of scales with the given (h, w) grids."""
+def of_scales(moments, scales):
+    """(3, B, L) -> the moments (3, B, h*w) of each scale; scales: their (C, h, w)."""
+    return moments.split([h * w for _, h, w in scales], dim=2)
+
+
+def sample_torch(moments, scales, size, reduce, power):
+    """The map (B, H, W) from the moments (3, B, L) of scales with the given (C, h, w)."""
     total = 0.0
-    scales = cosine_distance(moments).split([h * w for h, w in grids], dim=1)  # each (B, h*w)
-    for d, grid in zip(scales, grids):
-        d = d.unflatten(1, (1, *grid))  # (B, h*w) -> (B, 1, h, w)
+    for m, (channels, h, w) in zip(of_scales(moments, scales), scales):  # (3, B, h*w)
+        d = cosine_distance(m)  # (B, h*w)
+        if power:
+            d = d * (m[1] / channels).pow(power / 2)
+        d = d.unflatten(1, (1, h, w))  # (B, h*w) -> (B, 1, h, w)
         total = total + F.interpolate(d, size=size, mode="bilinear", align_corners=True).squeeze(1)
-    return total / len(grids) if reduce == "mean" else total
+    return total / len(scales) if reduce == "mean" else total
 
 
 # --------------------------------------------------------------------------------------------------
@@ -332,20 +347,27 @@ def _moments_grad_kernel(
 
 
 @triton.jit
-def _distance(moments, m_k, at, mask, EPS2: tl.constexpr):
-    """1 - cos at the given offsets into the moments of one image."""
+def _distance(moments, m_k, at, mask, C, POWER: tl.constexpr, EPS2: tl.constexpr):
+    """1 - cos, weighted, at the given offsets into the moments of one image; C: channels."""
     ts = tl.load(moments + at, mask=mask, other=0.0)
     tt = tl.load(moments + m_k + at, mask=mask, other=1.0)
     ss = tl.load(moments + 2 * m_k + at, mask=mask, other=1.0)
-    return 1 - ts * tl.rsqrt(tl.maximum(tt, EPS2)) * tl.rsqrt(tl.maximum(ss, EPS2))
+    d = 1 - ts * tl.rsqrt(tl.maximum(tt, EPS2)) * tl.rsqrt(tl.maximum(ss, EPS2))
+    if POWER > 0:
+        square = tl.maximum(tt, EPS2) / C  # of zeros the weight is as good as 0
+        d *= tl.exp2(0.5 * POWER * tl.log2(square))  # square^(POWER / 2)
+    return d
 
 
 @triton.jit
-def _bilinear(moments, m_k, grids, scale, y, x, mask, H, W, EPS2: tl.constexpr):
+def _bilinear(
+    moments, m_k, table, scale, y, x, mask, H, W, POWER: tl.constexpr, EPS2: tl.constexpr,
+):
     """The distance map of one scale, sampled at map pixels (y, x), corners aligned."""
-    first = tl.load(grids + 3 * scale)
-    h = tl.load(grids + 3 * scale + 1)
-    w = tl.load(grids + 3 * scale + 2)
+    first = tl.load(table + 4 * scale)
+    h = tl.load(table + 4 * scale + 1)
+    w = tl.load(table + 4 * scale + 2)
+    C = tl.load(table + 4 * scale + 3).to(tl.float32)
     fy = y.to(tl.float32) * ((h - 1).to(tl.float32) / tl.maximum(H - 1, 1))
     fx = x.to(tl.float32) * ((w - 1).to(tl.float32) / tl.maximum(W - 1, 1))
     y0 = fy.to(tl.int32)
@@ -354,20 +376,20 @@ def _bilinear(moments, m_k, grids, scale, y, x, mask, H, W, EPS2: tl.constexpr):
     x1 = tl.minimum(x0 + 1, w - 1)
     fy -= y0.to(tl.float32)
     fx -= x0.to(tl.float32)
-    upper = (1 - fx) * _distance(moments, m_k, first + y0 * w + x0, mask, EPS2)
-    upper += fx * _distance(moments, m_k, first + y0 * w + x1, mask, EPS2)
-    lower = (1 - fx) * _distance(moments, m_k, first + y1 * w + x0, mask, EPS2)
-    lower += fx * _distance(moments, m_k, first + y1 * w + x1, mask, EPS2)
+    upper = (1 - fx) * _distance(moments, m_k, first + y0 * w + x0, mask, C, POWER, EPS2)
+    upper += fx * _distance(moments, m_k, first + y0 * w + x1, mask, C, POWER, EPS2)
+    lower = (1 - fx) * _distance(moments, m_k, first + y1 * w + x0, mask, C, POWER, EPS2)
+    lower += fx * _distance(moments, m_k, first + y1 * w + x1, mask, C, POWER, EPS2)
     return (1 - fy) * upper + fy * lower
 
 
 @triton.jit
 def _sample_kernel(
     moments, m_k, m_b,  # (3, B, L) fp32 and its first two strides
-    grids,  # (S, 3) int32: first location, h, w of each scale
+    table,  # (S, 4) int32: first location, h, w, C of each scale
     out,  # output (B, H, W), fp32
     S, H, W,
-    MEAN: tl.constexpr, EPS2: tl.constexpr, BLOCK: tl.constexpr,
+    MEAN: tl.constexpr, POWER: tl.constexpr, EPS2: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Program (image, block of map pixels): sample every scale and add; no single scale is
     stored."""
@@ -378,7 +400,8 @@ def _sample_kernel(
     x = i % W
     total = tl.zeros((BLOCK,), tl.float32)
     for scale in range(0, S):
-        total += _bilinear(moments + b * m_b, m_k, grids, scale, y, x, inside, H, W, EPS2)
+        of_scale = moments + b * m_b
+        total += _bilinear(of_scale, m_k, table, scale, y, x, inside, H, W, POWER, EPS2)
     if MEAN:
         total = total / S
     tl.store(out + b * H * W + i, total, mask=inside)
@@ -387,7 +410,7 @@ def _sample_kernel(
 @triton.jit
 def _loss_kernel(
     moments, m_k, m_b,  # (3, B, L) fp32 and its first two strides
-    grids,  # (S, 3) int32: first location, h, w of each scale
+    table,  # (S, 4) int32: first location, h, w, C of each scale
     losses,  # output (B,), fp32: each image's share of the loss
     factors, f_k, f_b,  # output (2, B, L): the student's gradient is factors[0] t + factors[1] s
     S, B,
@@ -404,8 +427,8 @@ def _loss_kernel(
     factors += b * f_b
     loss = tl.zeros((BLOCK,), tl.float32)
     for scale in range(0, S):
-        first = tl.load(grids + 3 * scale)
-        P = tl.load(grids + 3 * scale + 1) * tl.load(grids + 3 * scale + 2)
+        first = tl.load(table + 4 * scale)
+        P = tl.load(table + 4 * scale + 1) * tl.load(table + 4 * scale + 2)
         sum_ts = tl.zeros((BLOCK,), tl.float32)
         sum_tt = tl.zeros((BLOCK,), tl.float32)
         sum_ss = tl.zeros((BLOCK,), tl.float32)
@@ -466,23 +489,24 @@ def _tile(x, wide=False):
 
 
 @functools.lru_cache(maxsize=16)
-def _grid_table(grids, device):
-    """(S, 3) int32 on the device: first location, h, w of each scale; cached: a copy makes the GPU
-    wait."""
+def _table(scales, device):
+    """(S, 4) int32 on the device: first location, h, w, C of each scale; cached: a copy makes the
+    GPU wait."""
     rows, first = [], 0
-    for h, w in grids:
-        rows.append((first, h, w))
+    for channels, h, w in scales:
+        rows.append((first, h, w, channels))
         first += h * w
     return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
-def _grids(maps):
-    return tuple((m.shape[2], m.shape[3]) for m in maps)
+def _scales(maps):
+    """((C, h, w), ...) of (B, C, h, w) maps."""
+    return tuple(tuple(m.shape[1:]) for m in maps)
 
 
 def moments_triton(teachers, students):
     """`moments` by the Triton kernel, one launch a scale: (3, B, L) fp32."""
-    cells = [h * w for h, w in _grids(students)]
+    cells = [h * w for _, h, w in _scales(students)]
     B, device = students[0].shape[0], students[0].device
     result = torch.empty(3, B, sum(cells), dtype=torch.float32, device=device)
     for t, s, out in zip(teachers, students, result.split(cells, dim=2)):
@@ -495,32 +519,32 @@ def moments_triton(teachers, students):
     return result
 
 
-def _map_shapes(teachers, students, height, width, mean):
+def _map_shapes(teachers, students, height, width, mean, power):
     B = students[0].shape[0]
     return students[0].new_empty((B, height, width), dtype=torch.float32)
 
 
 @opaque(
-    "(Tensor[] teachers, Tensor[] students, int height, int width, bool mean) -> Tensor",
+    "(Tensor[] teachers, Tensor[] students, int height, int width, bool mean, float power) -> Tensor",
     _map_shapes,
 )
-def map_triton(teachers, students, height, width, mean):
+def map_triton(teachers, students, height, width, mean, power):
     """The map (B, height, width) by the Triton kernels."""
     B, device = students[0].shape[0], students[0].device
-    grids = _grids(students)
+    scales = _scales(students)
     with torch.cuda.device_of(students[0]):
         of_features = moments_triton(teachers, students)  # (3, B, L)
         maps = torch.empty(B, height, width, dtype=torch.float32, device=device)
         _sample_kernel[(B, triton.cdiv(height * width, BLOCK_Y))](
-            of_features, *of_features.stride()[:2], _grid_table(grids, device), maps,
-            len(grids), height, width, MEAN=mean, EPS2=EPS**2, BLOCK=BLOCK_Y,
+            of_features, *of_features.stride()[:2], _table(scales, device), maps,
+            len(scales), height, width, MEAN=mean, POWER=power, EPS2=EPS**2, BLOCK=BLOCK_Y,
         )
     return maps
 
 
 def _loss_shapes(teachers, students, flat):
     B = students[0].shape[0]
-    cells = sum(h * w for h, w in _grids(students))
+    cells = sum(h * w for _, h, w in _scales(students))
     loss = students[0].new_empty((), dtype=torch.float32)
     return loss, students[0].new_empty((2, B, cells), dtype=torch.float32)
 
@@ -529,14 +553,14 @@ def _loss_shapes(teachers, students, flat):
 def loss_triton(teachers, students, flat):
     """The loss, and the factors (2, B, L) of teacher and student in the student's gradient."""
     B, device = students[0].shape[0], students[0].device
-    grids = _grids(students)
+    scales = _scales(students)
     with torch.cuda.device_of(students[0]):
         of_features = moments_triton(teachers, students)  # (3, B, L)
         losses = torch.empty(B, dtype=torch.float32, device=device)
         factors = torch.empty(2, *of_features.shape[1:], dtype=torch.float32, device=device)
         _loss_kernel[(B,)](
-            of_features, *of_features.stride()[:2], _grid_table(grids, device), losses,
-            factors, *factors.stride()[:2], len(grids), B, SHARED=flat, EPS2=EPS**2, BLOCK=1024,
+            of_features, *of_features.stride()[:2], _table(scales, device), losses,
+            factors, *factors.stride()[:2], len(scales), B, SHARED=flat, EPS2=EPS**2, BLOCK=1024,
         )
         return losses.sum(), factors
 
@@ -552,7 +576,7 @@ def _loss_grad_shapes(teachers, students, factors, upstream):
 def loss_grad_triton(teachers, students, factors, upstream):
     """Gradients of the students (B, C, h, w), from that of the loss."""
     gradients = []
-    cells = [h * w for h, w in _grids(students)]
+    cells = [h * w for _, h, w in _scales(students)]
     with torch.cuda.device_of(students[0]):
         for t, s, part in zip(teachers, students, factors.split(cells, dim=2)):
             B, C, h, w = s.shape

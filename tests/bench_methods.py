@@ -185,12 +185,13 @@ class CADA(OfMaps):
         return cada.losses(self.ours, self.batch(), None, 0.5, self.args)[0]
 
 
+PUBLISHED_MAP = {"norm_power": 0.0}
 METHODS = {
     "onenip": (OneNIP, onenip.Args, onenip.PRESETS, {}),
-    "omniad": (OmniAD, omniad.Args, omniad.PRESETS, {}),
-    "roads": (ROADS, roads.Args, roads.PRESETS, {"adapter_weights": "random"}),
-    "rd4ad": (ROADS, roads.Args, roads.PRESETS, {"prompts": False, "adapter": "none"}),
-    "cada": (CADA, cada.Args, cada.RECIPES["revdist"], {}),
+    "omniad": (OmniAD, omniad.Args, omniad.PRESETS, PUBLISHED_MAP),
+    "roads": (ROADS, roads.Args, roads.PRESETS, {"adapter_weights": "random", **PUBLISHED_MAP}),
+    "rd4ad": (ROADS, roads.Args, roads.PRESETS, {"prompts": False, "adapter": "none", **PUBLISHED_MAP}),
+    "cada": (CADA, cada.Args, cada.RECIPES["revdist"], PUBLISHED_MAP),
 }
 TITLES = {
     "onenip": "`onenip.py`",

@@ -120,7 +120,7 @@ def test_shapes(base, backbone):
         assert len(rebuilt) == {"revdist": 3, "recontrast": 6, "uniad": 1}[base]
         side = image_size // (16 if base == "uniad" else 32)
         assert phi.shape == (2, model.phi_channels, side, side)
-        maps = model.anomaly_map(targets, rebuilt, image_size)
+        maps = model.anomaly_map(targets, rebuilt, args)
         assert maps.shape == (2, image_size, image_size)
 
 
@@ -206,7 +206,7 @@ def test_uniad_loss_and_map():
     model, _, args = make("uniad")
     f, r = torch.randn(2, 5, 4, 4), torch.randn(2, 5, 4, 4)
     assert model.loss([f], [r], 0, args).item() == pytest.approx(np.mean((f - r).numpy() ** 2), rel=1e-5)
-    got, error = model.anomaly_map([f], [r], 64).numpy(), np.mean((f - r).numpy() ** 2, axis=1)
+    got, error = model.anomaly_map([f], [r], args).numpy(), np.mean((f - r).numpy() ** 2, axis=1)
     assert got.shape == (2, 64, 64)
 
     def cell_of(pixel):
@@ -220,12 +220,16 @@ def test_uniad_loss_and_map():
         np.testing.assert_allclose(got[:, y, x], expected, rtol=1e-4)
 
 
-def test_cosine_map_is_the_mean_over_scales():
-    model, _, _ = make()
+@pytest.mark.parametrize("power", [0.0, 0.25])
+def test_cosine_map_is_the_mean_over_scales(power):
+    """With --norm-power each distance counts by the root mean square of the target's channels."""
+    model, _, args = make(norm_power=power)
     targets, rebuilt = pairs()
-    expected = np.mean([F.interpolate((1 - F.cosine_similarity(r, t, dim=1))[:, None], (64, 64), mode="bilinear",
-                                      align_corners=True)[:, 0].numpy() for r, t in zip(rebuilt, targets)], axis=0)
-    np.testing.assert_allclose(model.anomaly_map(targets, rebuilt, 64).numpy(), expected, atol=1e-5)
+    scales = []
+    for r, t in zip(rebuilt, targets):
+        d = (1 - F.cosine_similarity(r, t, dim=1)) * t.square().mean(1).sqrt() ** power  # (B, h, w)
+        scales.append(F.interpolate(d[:, None], (64, 64), mode="bilinear", align_corners=True)[:, 0].numpy())
+    np.testing.assert_allclose(model.anomaly_map(targets, rebuilt, args).numpy(), np.mean(scales, axis=0), atol=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 10.0])
@@ -787,6 +791,17 @@ def test_scoring_options_and_shifts_at_evaluation(finished, tmp_path, command, m
     assert done.status == 0, done.err
     shifts = metrics_of(tmp_path / "shift")["shift"].values()
     assert len({json.dumps(s["mixed"]) for s in shifts}) == 4 and all("clamped" in s["setting"] for s in shifts)
+
+
+def test_another_weight_of_the_distances_is_another_map(finished, tmp_path, command):
+    """--norm-power changes what is calibrated, so that stage 2 is done again; where the map is no cosine it is
+    refused."""
+    checkpoint = finished[0] / "checkpoint.pt"
+    assert command("cada", "--eval", checkpoint, "--norm-power", 0.5, "--out", tmp_path / "half").status == 0
+    assert (tmp_path / "half" / "checkpoint.pt").exists()
+    assert (tmp_path / "half" / "scores.csv").read_text() != (finished[0] / "scores.csv").read_text()
+    done = command("cada", "--base", "uniad", "--norm-power", 0.5, "--out", tmp_path / "uniad")
+    assert done.status == 2 and "--norm-power" in done.err and done.err.count("\n") == 1
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")

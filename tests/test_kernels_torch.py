@@ -178,6 +178,20 @@ def test_map_is_the_published_one(reduce, layout):
         assert not maps.requires_grad
 
 
+@pytest.mark.parametrize("power", [0.25, 1.0])
+def test_weighted_map(power):
+    """A distance counts by the teacher's root mean square there, to this power: c times as long features, c^power
+    times the map, whatever the student's length; where the teacher is zero so is the map."""
+    teachers, students = features(3, [(19, 13, 7), (1, 4, 5), (8, 1, 1)])
+    maps = cosine_map(teachers, students, (20, 17), power=power)
+    torch.testing.assert_close(maps, cosine_map_formula(teachers, students, (20, 17), power=power).detach())
+    longer = cosine_map([3 * t for t in teachers], [5 * s for s in students], (20, 17), power=power)
+    torch.testing.assert_close(longer, 3**power * maps)
+    sign = torch.ones(1, 4, 2, 2)  # of root mean square 1
+    assert torch.equal(cosine_map([sign], [-sign], 2, power=power), torch.full((1, 2, 2), 2.0))
+    assert torch.equal(cosine_map([0 * sign], [sign], 2, power=power), torch.zeros(1, 2, 2))
+
+
 @pytest.mark.parametrize("flat", [True, False])
 def test_loss_is_the_published_one(flat):
     """flat=True is the authors' code (one cosine per image), flat=False the paper's formula (one per location)."""
@@ -245,6 +259,7 @@ def test_half_precision_features():
         (dict(students=[torch.zeros(2, 3, 4, 5)]), "scale 0: expected two"),
         (dict(students=[torch.zeros(2, 3, 4, 4, dtype=torch.long)]), "floating-point maps"),
         (dict(reduce="max"), "choose one of sum, mean"),
+        (dict(power=-1.0), "power -1.0: must be at least 0"),
         (dict(teachers=[torch.zeros(0, 3, 4, 4)], students=[torch.zeros(0, 3, 4, 4)]), "scale 0: empty maps"),
         (dict(teachers=[torch.zeros(2, 3, 0, 4)], students=[torch.zeros(2, 3, 0, 4)]), "scale 0: empty maps"),
         (dict(size=0), "size 0: one positive int"),
@@ -370,7 +385,7 @@ if backend == "triton":  # as on a GPU: "auto" runs its trial while torch.compil
     out = traced("map_reads_triton", x.contiguous(), folded, bias, folded, torch.randn(16), 2, 1e-5)
     traced("map_reads_grad_triton", x, x.contiguous(), folded, bias, folded, 2, 1e-5)
     maps = [torch.randn(2, 5, 4, 3).to(memory_format=torch.channels_last), torch.randn(2, 7, 2, 2)]
-    traced("map_triton", maps, maps, 8, 6, True)
+    traced("map_triton", maps, maps, 8, 6, True, 0.25)
     loss, factors = traced("loss_triton", maps, maps, False)
     traced("loss_grad_triton", maps, maps, factors, loss)
     traced("_dropout_keep", q, 0.5, torch.tensor(1))

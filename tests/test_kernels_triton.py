@@ -294,13 +294,15 @@ def test_attention_refuses():
 
 
 def run_cosine(teachers, students, size, reduce, dtype, backend, zones=None):
-    """The map, and both losses with the gradients of the students."""
+    """The map, plain and weighted, and both losses with the gradients of the students."""
 
     def place(x):
         return x.to(DEVICE, dtype) if zones is None else zones.around(x.to(DEVICE, dtype), x.stride())
 
     teachers, students = [place(t) for t in teachers], [place(s).detach().requires_grad_() for s in students]
-    results = [cosine_map(teachers, students, size, reduce, backend=backend)]
+    results = []
+    for power in (0.0, 0.25):
+        results.append(cosine_map(teachers, students, size, reduce, power=power, backend=backend))
     for flat in (True, False):
         loss = cosine_loss(teachers, students, flat, backend=backend)
         results += [loss.detach(), *torch.autograd.grad(loss, students, torch.full_like(loss, 0.7))]

@@ -380,19 +380,22 @@ def scorer(**changes):
     return omniad.Scorer(args, runtime.Run("omniad", None, torch.device("cpu")), Passing(), model), model, args
 
 
-def test_map_and_image_score():
-    """Sum over scales of 1 - cos, resized by bilinear interpolation with aligned corners, smoothed; maximum, or mean of
-    the highest 1 % (40 of 4,096 pixels)."""
-    score, model, _ = scorer()
+@pytest.mark.parametrize("power", [0.0, 0.25])
+def test_map_and_image_score(power):
+    """Sum over scales of 1 - cos, with --norm-power weighted by the teacher's root mean square, resized by bilinear
+    interpolation with aligned corners, smoothed; maximum, or mean of the highest 1 % (40 of 4,096 pixels)."""
+    score, model, _ = scorer(norm_power=power)
     maps = teacher_maps()
     got, value = score(maps, None)
     with torch.no_grad():
-        expected = sum(F.interpolate((1 - F.cosine_similarity(r, m, dim=1))[:, None], (64, 64), mode="bilinear",
-                                     align_corners=True)[:, 0] for r, m in zip(model(maps), maps))
+        expected = 0
+        for r, m in zip(model(maps), maps):
+            d = (1 - F.cosine_similarity(r, m, dim=1)) * m.square().mean(1).sqrt() ** power  # (B, h, w)
+            expected = expected + F.interpolate(d[:, None], (64, 64), mode="bilinear", align_corners=True)[:, 0]
     expected = np.stack([scipy.ndimage.gaussian_filter(m, 4.0) for m in expected.numpy()])
     np.testing.assert_allclose(got.numpy(), expected, atol=1e-5)
     assert torch.equal(value, got.amax((1, 2)))
-    top = scorer(score="top1")[0](maps, None)[1]
+    top = scorer(score="top1", norm_power=power)[0](maps, None)[1]
     np.testing.assert_allclose(top.numpy(), np.sort(expected.reshape(3, -1))[:, -40:].mean(1), atol=1e-5)
 
 

@@ -557,19 +557,29 @@ def samples(classes, labels=None):
             for i, (cls, label) in enumerate(zip(classes, labels or [0] * len(classes)))]
 
 
-def test_map_and_image_score():
-    """Sum over scales of 1 - cos, resized by bilinear interpolation with aligned corners, smoothed; its maximum."""
+@pytest.mark.parametrize("power", [0.0, 0.25])
+def test_map_and_image_score(power):
+    """Sum over scales of 1 - cos, with --norm-power weighted by the teacher's root mean square, resized by bilinear
+    interpolation with aligned corners, smoothed; its maximum."""
     import scipy.ndimage
-    score, model = scorer()
+    score, model = scorer(norm_power=power)
     images = pictures(3, 64)
     got, value = score(images, samples("abc"))
     maps = Passing().split(images)
     with torch.no_grad():
-        expected = sum(F.interpolate((1 - F.cosine_similarity(r, m, dim=1))[:, None], (64, 64), mode="bilinear",
-                                     align_corners=True)[:, 0] for r, m in zip(model(maps, images)["maps"], maps))
+        expected = summed(model(maps, images)["maps"], maps, power)
     expected = np.stack([scipy.ndimage.gaussian_filter(m, 4.0) for m in expected.numpy()])
     np.testing.assert_allclose(got.numpy(), expected, atol=1e-5)
     assert torch.equal(value, got.amax((1, 2)))
+
+
+def summed(rebuilt, maps, power):
+    """Distance maps (B, 64, 64), by their definition."""
+    total = 0
+    for r, m in zip(rebuilt, maps):
+        d = (1 - F.cosine_similarity(r, m, dim=1)) * m.square().mean(1).sqrt() ** power  # (B, h, w)
+        total = total + F.interpolate(d[:, None], (64, 64), mode="bilinear", align_corners=True)[:, 0]
+    return total
 
 
 def test_score_of_an_image_does_not_depend_on_its_batch():
