@@ -1527,7 +1527,8 @@ def base_of_checkpoint(args, state):
     changed = []
     for field in dataclasses.fields(Args):
         if field.metadata["group"] in groups and field.name != "refit":
-            if getattr(args, field.name) != saved[field.name]:
+            before = saved.get(field.name, field.default)  # an older run had the default
+            if getattr(args, field.name) != before:
                 changed.append(field.name)
     if args.refit:
         changed.append("refit")

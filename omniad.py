@@ -513,7 +513,7 @@ def main(method="omniad"):
     run = runtime.start(args, method)
     kernels.set_backend(args.kernels)
     state = run.checkpoint_to_evaluate(args)
-    runtime.check_normal_score(args, state, ("image_size", "sigma", "score"))
+    runtime.check_normal_score(args, state, ("image_size", "norm_power", "sigma", "score"))
     dataset, images = runtime.training_data(run, args)
     features = run.rank0_first(backbones.Pyramid, args.backbone, args.weights, args.image_size)
     run.place(features)

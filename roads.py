@@ -873,7 +873,8 @@ def main(method="roads"):
     kernels.set_backend(args.kernels)
     state = run.checkpoint_to_evaluate(args)
     # (--class-at-test may differ, since the selector knows its training images)
-    runtime.check_normal_score(args, state, ("image_size", "adapter_size", "sigma"))
+    scored_by = ("image_size", "adapter_size", "norm_power", "sigma")
+    runtime.check_normal_score(args, state, scored_by)
     dataset, images = runtime.training_data(run, args)
     class_names = state["classes"] if state else dataset.classes
     check_classes(args, dataset, class_names)

@@ -337,7 +337,7 @@ def parse(Args, presets, description, argv=None, method=None):
     _check_given(given, Args)
     saved = {}
     if given.get("eval"):
-        saved = _of_checkpoint(given, fields, method)
+        saved = _of_checkpoint(given, Args, method)
         given.setdefault("out", _default_out({**saved, **given}) + _kind_of_evaluation(given))
     given.setdefault("out", _default_out(given))
     for name in given:
@@ -456,7 +456,7 @@ def _absolute_source(name):
     return name
 
 
-def _of_checkpoint(given, fields, method):
+def _of_checkpoint(given, Args, method):
     """The options that the checkpoint to evaluate was trained with.
 
     Raises:
@@ -465,10 +465,8 @@ def _of_checkpoint(given, fields, method):
     from common.runtime import load_checkpoint  # torch
 
     path = given["eval"]
-    saved = {}
-    for name, value in load_checkpoint(path, method)["args"].items():
-        if name in fields and name not in OF_THE_RUN:
-            saved[name] = value
+    names = [field.name for field in dataclasses.fields(Args) if field.name not in OF_THE_RUN]
+    saved = _saved(load_checkpoint(path, method)["args"], names, Args)
     for name in saved.keys() - given.keys():
         needed = name != "data" or not given.get("predict")
         if needed and _is_gone(saved[name]):
@@ -477,6 +475,13 @@ def _of_checkpoint(given, fields, method):
                 f"name it anew with {_flag(name)}"
             )
     return saved
+
+
+def _saved(values, names, Args):
+    """What a run had for each of these options. One that is younger than the run has its default,
+    which changes nothing, and not what a preset says of it by now."""
+    defaults = Args()
+    return {name: values.get(name, getattr(defaults, name)) for name in names}
 
 
 def _is_gone(value):
@@ -521,7 +526,7 @@ def _of_run_to_resume(out, given, Args, method=None):
             "does it again"
         )
     fields = {field.name: field for field in dataclasses.fields(Args)}
-    saved = {name: value for name, value in of_run.items() if name in fields}
+    saved = _saved(of_run, fields, Args)
     for name, value in given.items():
         value = _absolute(fields[name], value)
         if name in saved and name not in FREE_ON_RESUME and saved[name] != value:

@@ -1115,7 +1115,8 @@ def check_normal_score(args, state, names):
     if not args.predict:
         return
     for name in names:
-        before, now = state["args"][name], getattr(args, name)
+        now = getattr(args, name)
+        before = state["args"].get(name, getattr(type(args), name))  # an older run had the default
         if before != now:
             raise UsageError(
                 f"--predict: the checkpoint's normal score was taken with "

@@ -2,6 +2,7 @@
 what of a checkpoint's options holds in another folder."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -212,6 +213,16 @@ def test_a_file_that_a_checkpoint_was_trained_with_is_gone(tmp_path):
     path = checkpoint(tmp_path / "c.pt", weights=gone)
     with pytest.raises(UsageError, match="--weights .*gone"):
         parse("--eval", path, "--predict", tmp_path)
+
+
+def test_an_option_younger_than_its_run_is_off(tmp_path):
+    """A checkpoint and an interrupted run of before an option existed have its default, not what the preset says now:
+    they must give the numbers that they gave."""
+    path = checkpoint(tmp_path / "c.pt", data="synth", preset="laptop")
+    assert parse("--eval", path).width == Args().width != PRESETS["laptop"]["width"]
+    assert parse("--eval", path, "--width", 5).width == 5
+    (tmp_path / "args.json").write_text(json.dumps({"data": "synth", "preset": "laptop"}))
+    assert parse("--resume", "--out", tmp_path).width == Args().width
 
 
 def test_what_belongs_to_a_run_is_not_taken_from_a_checkpoint(tmp_path):

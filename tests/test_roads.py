@@ -823,6 +823,7 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
         (("--eval", checkpoint, "--no-prompts"), "checkpoint.pt"),
         (("--eval", checkpoint, "--predict", tiny_data, "--class-at-test", "given"), "--class-at-test"),
         (("--eval", checkpoint, "--predict", tiny_data, "--sigma", 2), "--sigma"),
+        (("--eval", checkpoint, "--predict", tiny_data, "--norm-power", 1), "--norm-power"),
         (("--eval", checkpoint, "--predict", tiny_data, "--image-size", 96), "--image-size"),
         ((*drawn, "--lr", "1e30", "--steps", 4), "NaN"),
     ]
