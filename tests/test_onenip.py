@@ -576,6 +576,22 @@ def sample(name, cls):
     return data.Sample(Path(f"{name}.png"), None, 0, cls, "good", "")
 
 
+def test_an_error_counts_by_the_magnitude_of_its_features():
+    """--norm-power p: S_rec is multiplied by (||F|| / t)^p, t the mean of ||F|| over the prompts; of features of zero
+    it stays finite."""
+    x = torch.randn(2, 24, 4, 4, generator=torch.Generator().manual_seed(6))
+    x = x * torch.tensor([0.2, 3.0])[:, None, None, None]
+    plain, prompts, _, _ = scorer(refiner=False)
+    error, _, _ = plain.reconstruct(x, [sample("x", "a"), sample("y", "b")])
+    for power in (-0.5, 1.0):
+        score, _, _, _ = scorer(refiner=False, norm_power=power)
+        found, _, _ = score.reconstruct(x, [sample("x", "a"), sample("y", "b")])
+        weight = (x.norm(dim=1, keepdim=True) / prompts.norm(dim=1).mean()) ** power
+        torch.testing.assert_close(found, error * weight)
+    score, _, _, _ = scorer(refiner=False, norm_power=-0.5)
+    assert score.reconstruct(0 * x, [sample("x", "a"), sample("y", "b")])[0].isfinite().all()
+
+
 def test_prompt_is_chosen_by_cosine_without_the_label():
     """Each image gets the prompt with the most similar pooled features, whatever its length and its label."""
     score, prompts, model, args = scorer()
@@ -909,6 +925,7 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
         (("--eval", checkpoint, "--predict", good, "--score-scale", "test"), "--score-scale train"),
         (("--eval", checkpoint, "--predict", good, "--prompt-test", "random"), "--prompt-test fixed"),
         (("--eval", checkpoint, "--predict", good, "--prompt-seed", "1"), "--prompt-seed"),
+        (("--eval", checkpoint, "--predict", good, "--norm-power", "1"), "--norm-power"),
         (("--eval", checkpoint, "--prompt-test", "random", "--data", good), "no training images of capsule"),
         (("--eval", checkpoint, "--prompt-test", "random", "--classes", "screw"), "no training images of capsule"),
         (("--eval", checkpoint, "--prompt-of", "spoon"), "spoon"),
