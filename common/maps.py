@@ -76,3 +76,8 @@ def image_score(maps, rule):
 def name_of_rule(rule):
     """How a report calls `rule`."""
     return "max" if rule == "max" else f"mean of the highest {100 * SHARES[rule]:g} %"
+
+
+def name_of_power(power):
+    """How a report calls --norm-power."""
+    return f"magnitude of the features, to the power {power:g}" if power else "none"

@@ -367,7 +367,7 @@ def parse(argv):
     parser.add_argument("--weights", default="", help="file of its weights")
     parser.add_argument("--seeds", default="0", help="separated by commas (default: 0)")
     parser.add_argument("--rows", default=",".join(ROWS), help="some of them, separated by commas")
-    parser.add_argument("--minutes", type=int, default=20, help="of training on one thread (20)")
+    parser.add_argument("--minutes", type=int, default=10, help="of training on one thread (10)")
     parser.add_argument("--shift", action="store_true", help="the same images under four shifts too")
     parser.add_argument("--jobs", type=int, default=1, help="models at once, a thread each")
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="folder of the runs")
