@@ -2,7 +2,7 @@
 
     ts = sum_c t_c s_c    tt = sum_c t_c^2    ss = sum_c s_c^2     three moments per location
     d  = 1 - ts / (max(sqrt(tt), eps) max(sqrt(ss), eps))          distance per location and scale
-    w  = (tt / C)^(power/2)                                        its weight; 1 in the papers: power = 0
+    w  = (tt / C)^(power/2)                                        its weight; power = 0 in the papers
     A(y, x) = sum over scales of bilinear(w d)(y, x)               anomaly map (or their mean)
     L = sum over scales of the mean of d                           loss
 
@@ -54,9 +54,9 @@ def cosine_map(teachers, students, size, reduce="sum", *, power=0.0, backend="au
     backend   "auto" (Triton on CUDA tensors where it works, plain PyTorch elsewhere; see
               `set_backend`), "triton" or "torch".
 
-    Returns the map (B, H, W), each scale's share in [0, 2] unless weighted; float32 (float64 for float64
-    features); it carries no gradient, which `cosine_loss` does. Raises ValueError for shapes or
-    options that do not fit, RuntimeError for Triton where it cannot run.
+    Returns the map (B, H, W), each scale's share in [0, 2] unless weighted; float32 (float64 for
+    float64 features); it carries no gradient, which `cosine_loss` does. Raises ValueError for
+    shapes or options that do not fit, RuntimeError for Triton where it cannot run.
     """
     scales = _check(teachers, students)
     height, width = _size(size)
@@ -354,8 +354,8 @@ def _distance(moments, m_k, at, mask, C, POWER: tl.constexpr, EPS2: tl.constexpr
     ss = tl.load(moments + 2 * m_k + at, mask=mask, other=1.0)
     d = 1 - ts * tl.rsqrt(tl.maximum(tt, EPS2)) * tl.rsqrt(tl.maximum(ss, EPS2))
     if POWER > 0:
-        square = tl.maximum(tt, EPS2) / C  # of zeros the weight is as good as 0
-        d *= tl.exp2(0.5 * POWER * tl.log2(square))  # square^(POWER / 2)
+        weight = tl.exp2(0.5 * POWER * tl.log2(tl.maximum(tt, 1e-37) / C))  # (tt / C)^(POWER / 2)
+        d *= tl.where(tt > 0, weight, 0.0)
     return d
 
 

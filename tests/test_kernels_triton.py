@@ -346,11 +346,13 @@ def test_cosine(zones, monkeypatch, shapes, size, reduce, dtype, layouts):
 
 
 def test_cosine_of_zeros():
-    """All-zero features (dead ReLUs) have distance 1 and no gradient in the kernels as well."""
+    """All-zero features (dead ReLUs) have distance 1, or 0 if weighted, and no gradient in the kernels as well."""
     teacher = torch.randn(1, 8, 2, 2, device=DEVICE)
     dead = torch.zeros_like(teacher).requires_grad_()
     maps = cosine_map([teacher], [dead], 4, backend="triton")
     assert torch.equal(maps, torch.ones_like(maps))
+    weighted = cosine_map([dead.detach()], [teacher], 4, power=0.25, backend="triton")
+    assert not weighted.any(), "where the teacher is zero a weighted distance is too"
     for flat in (True, False):
         loss = cosine_loss([teacher], [dead], flat, backend="triton")
         assert loss == 1 and (torch.autograd.grad(loss, dead)[0] == 0).all()
