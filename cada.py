@@ -1541,7 +1541,8 @@ def base_of_checkpoint(args, state):
             "same options; --eval without --predict writes one"
         )
     fitted_on = state.get("fitted_on", data_of(Args(data=saved["data"], classes=saved["classes"])))
-    if data_of(args) != fitted_on and not args.refit:
+    fits = args.calibrate != "none"
+    if fits and data_of(args) != fitted_on and not args.refit:
         raise UsageError(
             f"--eval on other data than the calibration was fitted on ({fitted_on}), with {options} "
             "changed: --refit fits it anew, on the training images of --data"

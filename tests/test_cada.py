@@ -715,6 +715,7 @@ def test_a_fit_on_other_data_must_be_asked_for(finished, tiny_data, tmp_path, co
     assert metrics_of(tmp_path / "same")["setting"]["fitted on"] == str(tiny_data)
     done = command("cada", *words, "--calibrate", "given", "--out", tmp_path / "refused")
     assert done.status == 2 and "--refit" in done.err and "--calibrate" in done.err and done.err.count("\n") == 1
+    assert command("cada", *words, "--calibrate", "none", "--out", tmp_path / "none").status == 0, "it fits nothing"
     assert command("cada", *words, "--calibrate", "given", "--refit", "--out", tmp_path / "refit").status == 0
     fitted = f"{tiny_data}, screw,capsule only"
     assert metrics_of(tmp_path / "refit")["setting"]["fitted on"] == fitted
