@@ -10,7 +10,6 @@ Times on a GPU: `python -m kernels.check`, which proves the kernels before it ti
 import argparse
 import functools
 import math
-import sys
 import time
 
 import torch
@@ -342,4 +341,6 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from common.options import exit_with
+
+    exit_with(main)

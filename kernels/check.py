@@ -379,4 +379,6 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from common.options import exit_with
+
+    exit_with(main)
