@@ -187,7 +187,7 @@ class CADA(OfMaps):
 
 PUBLISHED_MAP = {"norm_power": 0.0}
 METHODS = {
-    "onenip": (OneNIP, onenip.Args, onenip.PRESETS, {}),
+    "onenip": (OneNIP, onenip.Args, onenip.PRESETS, PUBLISHED_MAP),
     "omniad": (OmniAD, omniad.Args, omniad.PRESETS, PUBLISHED_MAP),
     "roads": (ROADS, roads.Args, roads.PRESETS, {"adapter_weights": "random", **PUBLISHED_MAP}),
     "rd4ad": (ROADS, roads.Args, roads.PRESETS, {"prompts": False, "adapter": "none", **PUBLISHED_MAP}),

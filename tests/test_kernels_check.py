@@ -189,7 +189,7 @@ def test_rows_are_named_as_auto_names_them(monkeypatch):
         case.candidates["triton"]()
         assert asked == [case.row]
         count += 1
-    assert count == 8
+    assert count == 9
 
 
 @needs_triton

@@ -794,7 +794,8 @@ def test_two_processes_follow_one_with_the_doubled_batch(tiny_data, tmp_path, co
         assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], rel=1e-2, abs=1e-6), name
     a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in "ab")
     assert a["images"] == b["images"] == 7
-    assert a["setting"]["I-AUROC, class given"] == b["setting"]["I-AUROC, class given"]
+    given = [metrics["setting"]["I-AUROC, class given"] for metrics in (a, b)]
+    assert given[1] == pytest.approx(given[0], abs=1 / 12), "more than one of the twelve pairs has changed places"
 
 
 def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, command):
