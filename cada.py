@@ -1459,7 +1459,7 @@ def calibrate_run(args, run, dataset):
 def check(args):
     """What single options cannot check about themselves: values that must fit each other."""
     if args.base_run:
-        for name in ("corrupt", "shift", "predict", "contaminate", "fix_threshold"):
+        for name in ("corrupt", "shift", "predict", "contaminate", "fix_threshold", "norm_power"):
             if getattr(args, name):
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(
@@ -1475,11 +1475,8 @@ def check(args):
         raise UsageError(
             f"--hidden {args.hidden}: must be a multiple of --heads {args.heads} and of 2"
         )
-    if args.norm_power and (args.base == "uniad" or args.base_run):
-        raise UsageError(
-            f"--norm-power {args.norm_power:g} weighs cosine distances, which the maps of "
-            f"{'--base-run' if args.base_run else '--base uniad'} are not"
-        )
+    if args.norm_power and args.base == "uniad":
+        raise UsageError("--norm-power weighs cosine distances, which the maps of --base uniad are not")
     if args.init == "pca" and args.base != "uniad":
         raise UsageError(f"--init pca is a start of --base uniad, which --base {args.base} has not")
     depths = args.depths.split(",")

@@ -781,7 +781,7 @@ def test_two_processes_follow_one_with_the_doubled_batch(tiny_data, tmp_path, co
     for file in sorted((tmp_path / "two" / "screw" / "train" / "good").iterdir())[2:]:
         file.unlink()
     words = [roads.__file__, "--data", tmp_path / "two", *SMALL, "--steps", 2, "--log-every", 1, "--amp", "off",
-             "--lr", 1e-4]
+             "--lr", 1e-4, "--norm-power", 0]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     one = command("roads", *words[1:], "--batch-size", 4, "--out", tmp_path / "a")
     two = subprocess.run([str(w) for w in (sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -794,8 +794,7 @@ def test_two_processes_follow_one_with_the_doubled_batch(tiny_data, tmp_path, co
         assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], rel=1e-2, abs=1e-6), name
     a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in "ab")
     assert a["images"] == b["images"] == 7
-    given = [metrics["setting"]["I-AUROC, class given"] for metrics in (a, b)]
-    assert given[1] == pytest.approx(given[0], abs=1 / 12), "more than one of the twelve pairs has changed places"
+    assert a["setting"]["I-AUROC, class given"] == b["setting"]["I-AUROC, class given"]
 
 
 def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, command):
