@@ -52,6 +52,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import reduce_tensor
+from torch.utils.data._utils import signal_handling
 from torch.utils.data._utils.collate import collate, default_collate_fn_map
 from tqdm import tqdm
 
@@ -137,7 +138,7 @@ class Run:
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
             worker_init_fn=_in_worker,
-            timeout=LOADER_SECONDS if workers else 0,
+            timeout=LOADER_CHECK if workers else 0,
         )
 
     def batch_indices(self, first, steps, batch_size):
@@ -319,6 +320,11 @@ def _copied(state):
 
 # A batch takes seconds even of huge images on a busy machine; who waits longer waits in vain.
 LOADER_SECONDS = 600
+LOADER_CHECK = 5  # so often, in seconds, is asked whether all processes are alive
+
+# PyTorch would raise the death of a process by a signal, in the midst of whatever runs by then, and
+# a second death in the midst of the first one's message. A `Loader` asks instead.
+signal_handling._SIGCHLD_handler_set = True
 
 
 class Loader(torch.utils.data.DataLoader):
@@ -339,12 +345,32 @@ class Loader(torch.utils.data.DataLoader):
                 f"({error.strerror}; is /dev/shm full?); {advice}"
             ) from None
         try:
-            yield from batches
+            yield from _patiently(batches)
         except RuntimeError as error:
             if not str(error).startswith("DataLoader"):
                 raise
             reason = str(error).splitlines()[0]
             raise UsageError(f"--workers {self.num_workers}: {reason}; {advice}") from None
+
+
+def _patiently(batches):
+    """The batches of a DataLoader whose own patience is LOADER_CHECK: it then looks whether its
+    processes are alive, and goes on where it was. Raises RuntimeError after LOADER_SECONDS."""
+    asked = time.monotonic()
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            waited = time.monotonic() - asked
+            if "timed out" not in str(error):
+                raise
+            if waited > LOADER_SECONDS:
+                raise RuntimeError(f"DataLoader timed out after {waited:.0f} seconds") from None
+        else:
+            yield batch
+            asked = time.monotonic()
 
 
 def _in_worker(_):

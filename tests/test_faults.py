@@ -321,19 +321,22 @@ def test_grey_values_are_scaled_as_in_the_training(tmp_path):
 
 
 class Numbers(torch.utils.data.Dataset):
-    """Image i is full of i; some kinds of trouble in the processes."""
+    """Image i is full of i; some kinds of trouble in the processes, from image `start` on."""
 
-    def __init__(self, trouble="", pixels=4):
-        self.trouble, self.pixels = trouble, pixels
+    def __init__(self, trouble="", pixels=4, start=0):
+        self.trouble, self.pixels, self.start = trouble, pixels, start
 
     def __len__(self):
         return 8
 
     def __getitem__(self, i):
-        if self.trouble == "killed":
+        if self.trouble == "killed" and i >= self.start:
+            time.sleep(0.5)  # what was read before is under way, in a thread of this process
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.trouble == "hangs":
+        if self.trouble == "hangs" and i >= self.start:
             time.sleep(30)
+        if self.trouble == "slow":
+            time.sleep(0.7)
         if self.trouble == "missing":
             raise FileNotFoundError(errno.ENOENT, "No such file or directory", "gone.png")
         return {"image": torch.full((3, self.pixels, self.pixels), i, dtype=torch.uint8), "index": i}
@@ -377,11 +380,29 @@ print("read")
 
 def test_processes_that_die_or_hang_end_in_one_line(monkeypatch):
     """Killed for memory, or waiting for a network disk: never a hang, never a traceback."""
+    monkeypatch.setattr(runtime, "LOADER_CHECK", 1)
     with pytest.raises(UsageError, match="--workers 2: DataLoader worker .*use fewer, or --workers 0"):
         batches_of("killed")
-    monkeypatch.setattr(runtime, "LOADER_SECONDS", 1)
-    with pytest.raises(UsageError, match="--workers 2: DataLoader timed out after 1 seconds"):
+    monkeypatch.setattr(runtime, "LOADER_SECONDS", 2)
+    with pytest.raises(UsageError, match="--workers 2: DataLoader timed out after . seconds"):
         batches_of("hangs")
+
+
+def test_a_process_that_dies_interrupts_no_step(monkeypatch):
+    """PyTorch's own report of a death is an exception wherever the run is by then. What was read before counts."""
+    monkeypatch.setattr(runtime, "LOADER_CHECK", 1)
+    run, steps = runtime.Run("method", None, torch.device("cpu")), []
+    with pytest.raises(UsageError, match="--workers 1: DataLoader worker"):
+        for batch in run.loader(Numbers("killed", start=2), [[0, 1], [2, 3], [4, 5]], 1):
+            time.sleep(2)  # the step, in which the process dies
+            steps.append(batch["index"].tolist())
+    assert steps == [[0, 1]]
+
+
+def test_a_slow_process_is_waited_for(monkeypatch):
+    """Longer than the interval at which its life is asked for: no batch is lost, none comes twice."""
+    monkeypatch.setattr(runtime, "LOADER_CHECK", 0.5)
+    assert [batch["index"].tolist() for batch in batches_of("slow")] == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_other_errors_of_a_process_keep_their_kind(monkeypatch):
