@@ -73,7 +73,7 @@ ROWS = {
     "revdist": row("reverse distillation", CADA, 220, 1050),
     "recontrast": row("ReContrast", f"{CADA} --base recontrast", 75, 80),
     "onenip": row("OneNIP", "onenip.py --image-size 224 --bank 4", 260, 220),
-    "omniad": row("Omni-AD", "omniad.py --image-size 256", 90, 120),
+    "omniad": row("Omni-AD", "omniad.py --image-size 256", 75, 130),
     "roads-0": row("ROADS-0, distillation alone", f"{ROADS} --no-prompts --no-adapter", 60, 330),
     "roads-1": row("ROADS-1, adapter", f"{ROADS} --no-prompts", 50, 130),
     "roads-1-mu0": row("the same, μ = 0", f"{ROADS} --no-prompts --mu 0", 50, 130),
