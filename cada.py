@@ -21,9 +21,9 @@ the map by them. No class label is needed, neither in training nor at test. The 
                                                              easy places get no gradient
     uniad        encoder tokens (B,256,14,14)                mean over channels of (F̂ - F)²; the same as loss
 
-Reading order. The paper's method is the section "calibration": four functions (Eqs. 1, 3, 4, 5), the head, and what is
-expected of an image. How the head is trained: `train_calibration`. How maps are scored: `Scorer`. The bases are three
-detectors of others, to be read when their turn comes: `RevDist` first.
+Reading order. The paper's method is the section "calibration": functions for Eqs. 1, 3, 4 and 5, the head, and what is
+expected of an image (Eq. 2). How the head is trained: `train_calibration`. How maps are scored: `Scorer`. The bases are
+three detectors of others, to be read when their turn comes: `RevDist` first.
 
 Commands
     python cada.py                               embedded data, small model, about two minutes on two CPU cores:
@@ -65,11 +65,12 @@ Where this file differs from the paper (P), which has no public code, or from it
   7. Learning rate x 0.2 at 80 % of the steps from C (UniAD: x 0.1, and its clipping at 0.1, from UniAD's code).
   8. Maps of --base-run are divided by the mean maximum of the training images, so that α and the learning rate of the
      head suit every method. Calibration undoes it; no metric depends on it.
-  9. --norm-power p (not in P, off in its preset) weighs a cosine distance by the root mean square of the teacher's
-     channels there, to the power p. On a plain background these are small and their direction is mostly noise, which no
-     decoder rebuilds: without a weight it outshines the object.
+  9. --norm-power p (not in P, off in its preset) weighs a cosine distance by the root mean square of the target's
+     channels there, to the power p. (Three of ReContrast's six targets are maps of the encoder that it trains.) On a
+     plain background these are small and their direction is mostly noise, which no decoder rebuilds: without a weight
+     it outshines the object.
  10. Masks by the rule "any" in the paper's preset, since C has them so.
-  11. Reported in addition: the correlation of the expected γ̂ and the image's own γ inside a class. A head that followed
+ 11. Reported in addition: the correlation of the expected γ̂ and the image's own γ inside a class. A head that followed
      the image instead of its class would cancel anomalies; near 0 is right.
 
 Paper, MVTec AD, RevDist + CADA (without), 256 px: mean I-AUROC 98.2 (97.8), P-AUROC 96.1 (96.4); all classes in one
@@ -1055,7 +1056,7 @@ class Described:
         own = torch.stack(map_statistics(maps, self.args), dim=1)  # (B, 2)
         return torch.cat([own, phi.flatten(1)], dim=1)  # φ: (B, C, h, w) -> (B, C h w)
 
-    def statistics(self, index):
+    def own_statistics(self, index):
         return self(index)[:, :2]
 
     def split(self, rows):
@@ -1116,7 +1117,7 @@ def train_calibration(args, run, base, images, samples, state):
         own = frozen.rows[:, :2].cpu()  # (N, 2)
     else:
         own = runtime.precompute(
-            run, described.statistics, numbers, args.batch_size, 1.0, "calibration targets"
+            run, described.own_statistics, numbers, args.batch_size, 1.0, "calibration targets"
         )
     label = torch.tensor([classes.index(sample.cls) for sample in samples])  # (N,)
     u, gamma = own.unbind(1)
@@ -1381,9 +1382,10 @@ def draw_pixels(args, run, dataset, score, per_class=8, step=16):
         )
         batch = torch.stack([images[i] for i in range(len(images))]).to(run.device)
         masks = torch.stack([images.mask(i) for i in range(len(images))])
-        labels = masks.flatten()[::step].tolist()
+        labels = masks.flatten()[::step].tolist()  # (n, S, S) -> (n S²)
         for rows, function in zip(parts.values(), (score.plain, score)):
-            values = function(batch, chosen)[0].float().cpu().flatten()[::step].tolist()
+            maps = function(batch, chosen)[0].float().cpu()  # (n, S, S)
+            values = maps.flatten()[::step].tolist()  # (n S²)
             rows += [("", cls, int(label), value) for label, value in zip(labels, values)]
     pictures.distributions(run.out / "pictures" / "pixels.png", parts)
 
@@ -1392,9 +1394,7 @@ def draw_pixels(args, run, dataset, score, per_class=8, step=16):
 
 
 def main():
-    args = runtime.parse(Args, presets, __doc__, method="cada")
-    if args.base_run:
-        args = of_base_run(args)
+    args = runtime.parse(Args, presets, __doc__, method="cada", inherited=of_base_run)
     check(args)
     run = runtime.start(args, "cada")
     kernels.set_backend(args.kernels)
@@ -1412,7 +1412,7 @@ def main():
             dataset.train, args.image_size, memory_share=args.memory_share, depths=run.depths
         )
     if args.base_run:
-        calibrate_run(args, run, dataset)
+        calibrate_run(args, run, dataset, state)
     else:
         calibrate_base(args, run, dataset, images, state)
 
@@ -1444,14 +1444,13 @@ def calibrate_base(args, run, dataset, images, state):
     evaluate(args, run, base, calibration, state, dataset)
 
 
-def calibrate_run(args, run, dataset):
-    """--base-run: the maps of a finished run are calibrated."""
+def calibrate_run(args, run, dataset, state):
+    """--base-run: the maps of a finished run are calibrated. state: of the checkpoint to evaluate."""
     base = Recorded(Path(args.base_run), dataset, run.device)
     args.steps = 0
     run.open(args)
-    state = run.checkpoint_to_resume(args)
-    if state is None:
-        state = {"model": {}, "step": 0, "seconds": 0.0, "finished": ["model"]}
+    untrained = {"model": {}, "step": 0, "seconds": 0.0, "finished": ["model"]}
+    state = state or run.checkpoint_to_resume(args) or untrained
     calibration, state = train_calibration(args, run, base, None, dataset.train, state)
     evaluate(args, run, base, calibration, state, dataset)
 
@@ -1477,6 +1476,10 @@ def check(args):
         )
     if args.norm_power and args.base == "uniad":
         raise UsageError("--norm-power weighs cosine distances, which the maps of --base uniad are not")
+    if args.cosine == "location" and args.base != "revdist":
+        raise UsageError(f"--cosine location is a loss of --base revdist, not of --base {args.base}")
+    if args.refit and not args.eval:
+        raise UsageError("--refit needs --eval CHECKPOINT: a training always fits its calibration")
     if args.init == "pca" and args.base != "uniad":
         raise UsageError(f"--init pca is a start of --base uniad, which --base {args.base} has not")
     depths = args.depths.split(",")
@@ -1491,20 +1494,36 @@ def check(args):
         )
 
 
-def of_base_run(args):
-    """The options with the data of the run in --base-run."""
-    folder = Path(args.base_run)
+def of_base_run(given, saved):
+    """What the run in --base-run has settled: its data and their size.
+
+    given: {option: value} of the command line. saved: those of the checkpoint to evaluate, if any.
+    Raises: UsageError if there is no such run, or other options were given.
+    """
+    if not given.get("base_run"):
+        return {}
+    folder = Path(given["base_run"])
+    if given.get("eval") and not saved["base_run"]:
+        raise UsageError("--eval of a checkpoint that has its own base goes not with --base-run")
     if not (folder / "args.json").is_file():
         raise UsageError(f"--base-run {folder}: no run there (no args.json)")
-    saved = json.loads((folder / "args.json").read_text())
+    of_run = json.loads((folder / "args.json").read_text())
     for name in ("corrupt", "contaminate"):
-        if saved.get(name):
+        if of_run.get(name):
             raise UsageError(
-                f"--base-run {folder}: a run with --{name} {saved[name]} has other test images; "
+                f"--base-run {folder}: a run with --{name} {of_run[name]} has other test images; "
                 "give one without"
             )
-    same = {name: saved[name] for name in ("data", "classes", "image_size", "mask_rule")}
-    return dataclasses.replace(args, **same, data_root=args.data_root or saved["data_root"])
+    settled = {name: of_run[name] for name in ("data", "classes", "image_size", "mask_rule")}
+    for name, value in settled.items():
+        if given.get(name, value) != value:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {given[name]}: the run in --base-run has "
+                f"{value or 'all'}; leave that option out"
+            )
+    if not given.get("data_root"):
+        settled["data_root"] = of_run["data_root"]
+    return settled
 
 
 def data_of(args):
@@ -1523,7 +1542,8 @@ def base_of_checkpoint(args, state):
         groups.append("scoring")
     changed = []
     for field in dataclasses.fields(Args):
-        if field.metadata["group"] in groups and field.name != "refit":
+        of_the_maps = field.metadata["group"] in groups or field.name == "image_size"
+        if of_the_maps and field.name != "refit":
             before = saved.get(field.name, field.default)  # an older run had the default
             if getattr(args, field.name) != before:
                 changed.append(field.name)
@@ -1544,8 +1564,8 @@ def base_of_checkpoint(args, state):
             f"--eval on other data than the calibration was fitted on ({fitted_on}), with {options} "
             "changed: --refit fits it anew, on the training images of --data"
         )
-    base = {name: state[name] for name in ("method", "model", "seconds")}
-    return {**base, "step": args.steps, "finished": ["model"]}
+    parts = {name: state[name] for name in ("method", "model", "seconds")}
+    return {**parts, "step": args.steps, "finished": ["model"]}
 
 
 def check_contamination(args, saved):
@@ -1554,15 +1574,17 @@ def check_contamination(args, saved):
     if args.data != saved["data"]:
         args.contaminate = args.fix_threshold = 0.0
         return
-    if args.fix_threshold != saved["fix_threshold"]:
+    contaminated = saved.get("contaminate", 0.0)  # older runs had neither
+    held_out = saved.get("fix_threshold", 0.0)
+    if args.fix_threshold != held_out:
         raise UsageError(
-            f"--eval: the base was trained with --fix-threshold {saved['fix_threshold']}, so it has "
+            f"--eval: the base was trained with --fix-threshold {held_out}, so it has "
             f"seen images that {args.fix_threshold} would hold out; leave that option out"
         )
-    same_images = args.seed == saved["seed"] or not (saved["contaminate"] or args.fix_threshold)
-    if args.contaminate != saved["contaminate"] or not same_images:
+    same_images = args.seed == saved["seed"] or not (contaminated or args.fix_threshold)
+    if args.contaminate != contaminated or not same_images:
         raise UsageError(
-            f"--eval: the base was trained with --contaminate {saved['contaminate']} and --seed "
+            f"--eval: the base was trained with --contaminate {contaminated} and --seed "
             f"{saved['seed']}, which chose images that it has seen; leave both options out"
         )
 

@@ -456,7 +456,8 @@ class Adapter(nn.Module):
         # .frozen stays true, so that the network is never in training mode; what is tuned are its
         # folded weights
         weights = args.adapter_weights or None
-        self.network = backbones.build(args.adapter_backbone, weights, stages=(4,)).fuse()
+        name = args.adapter_backbone
+        self.network = backbones.build(name, weights, stages=(4,), prefix="adapter-").fuse()
         self.network.to(memory_format=torch.channels_last).requires_grad_(args.adapter_lr > 0)
         norms = sum(width * depth for width, depth in zip(widths, depths))
         self.linear = nn.Linear(self.network.channels[0], 2 * norms)
@@ -809,8 +810,8 @@ class Scorer:
         return self.class_of[sample.image]
 
     def follow(self, samples):
-        """Keep the codes of 256 of these images, or a few more, from all parts of the data."""
-        every = max(1, len(samples) // 256)
+        """Keep the codes of 256 of these images at most, from all parts of the data."""
+        every = -(-len(samples) // 256)
         self.followed = {sample.image for sample in samples[::every]}
 
     def keep_codes(self, samples, code):
@@ -950,7 +951,7 @@ def setting_of(args, features, model, state):
         "image size": args.image_size,
         "backbone": f"{args.backbone} ({features.backbone.weights_note})",
         "depths": args.depths,
-        "prompts": f"{args.tokens} a class" if args.prompts else "none",
+        "prompts": f"{args.tokens} a class and stage" if args.prompts else "none",
     }
     if args.prompts:
         setting["class at test"] = args.class_at_test
@@ -964,7 +965,7 @@ def setting_of(args, features, model, state):
     return setting | {
         "distillation": args.distance,
         "weights of the losses": f"η {args.eta:g}, δ {args.delta:g}, μ {args.mu:g}, "
-        f"ζ {args.zeta:g}",
+        f"L_ζ {args.zeta:g}",
         "weight of a distance": name_of_power(args.norm_power),
         "smoothing": f"Gaussian, sigma {args.sigma:g}" if args.sigma else "none",
         "image score": name_of_rule("max"),

@@ -327,7 +327,7 @@ def _network(name, stages, full):
                         stages=stages, full=full)
 
 
-def build(name, weights=None, stages=None, frozen=True, full=False):
+def build(name, weights=None, stages=None, frozen=True, full=False, prefix=""):
     """A backbone on the CPU: fe(x (B, 3, H, W) float, normalised with MEAN and STD) -> list of feature maps.
 
     name     one of NAMES
@@ -338,12 +338,13 @@ def build(name, weights=None, stages=None, frozen=True, full=False):
              EfficientNets (default 1, 2, 3, 4: strides 2, 4, 8, 16)
     frozen   no parameter needs a gradient, and the network stays in eval mode even after .train()
     full     build the unused layers and the classifier too
+    prefix   of the options that errors name: "adapter-" for --adapter-backbone and --adapter-weights
 
     The result has .channels, .strides, .name, and .weights_note for the report. Raises UsageError for an unknown name
     or stage, and for weights that are missing, unreadable, damaged or of another network.
     """
     if name not in NAMES:
-        raise UsageError(f"--backbone {name}: unknown; choose one of {', '.join(NAMES)}")
+        raise UsageError(f"--{prefix}backbone {name}: unknown; choose one of {', '.join(NAMES)}")
     efficient = name.startswith("efficientnet")
     stages = tuple(stages or all_stages(name))
     if list(stages) != sorted(set(stages)) or not 1 <= stages[0] <= stages[-1] <= (5 if efficient else 4):
@@ -361,12 +362,12 @@ def build(name, weights=None, stages=None, frozen=True, full=False):
         if weights is not None:
             path = Path(weights).expanduser()
             if not path.is_file():
-                raise UsageError(f"--weights {weights}: no such file")
+                raise UsageError(f"--{prefix}weights {weights}: no such file")
             net.weights_note = f"{path.name}, sha256 {_sha256(path)[:8]}"
         elif name == "efficientnet_lite0":
             path, net.weights_note = _lite0_file(), f"ImageNet, pip package {LITE0_PACKAGE}"
         else:
-            path = _official_file(name)
+            path = _official_file(name, prefix)
             net.weights_note = f"ImageNet, {path.name}"
         _load(net, path)
     return net.freeze() if frozen else net
@@ -462,7 +463,7 @@ def _lite0_file():
     return path
 
 
-def _official_file(name):
+def _official_file(name, prefix):
     """The official file in torch's hub cache. If it is not there, the first process of each machine downloads it.
 
     Under torchrun all processes must come here, after init_process_group: the others wait for the first one.
@@ -486,9 +487,9 @@ def _official_file(name):
         dist.barrier()
     if not path.is_file():
         raise UsageError(
-            f"--backbone {name}: {path.name} is not in {path.parent} and could not be downloaded from {url} "
-            f"({reason}); put it into that folder, or give it with --weights FILE, "
-            "or take --backbone efficientnet_lite0, whose weights come with pip")
+            f"--{prefix}backbone {name}: {path.name} is not in {path.parent} and could not be downloaded from {url} "
+            f"({reason}); put it into that folder, or give it with --{prefix}weights FILE, "
+            f"or take --{prefix}backbone efficientnet_lite0, whose weights come with pip")
     if not _sha256(path).startswith(digits):
         raise UsageError(f"{path}: damaged (its SHA-256 does not begin with {digits}); delete it and start again")
     return path

@@ -314,7 +314,7 @@ def _wait_briefly():
         os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
-def parse(Args, presets, description, argv=None, method=None):
+def parse(Args, presets, description, argv=None, method=None, inherited=None):
     """The command line -> Args.
 
     Precedence: given > values of the run to resume or of the checkpoint to evaluate > preset > the
@@ -326,6 +326,8 @@ def parse(Args, presets, description, argv=None, method=None):
             returns it, where the presets depend on another option.
         description: the script's docstring; its first line heads --help.
         method: the script's name in its checkpoints. Options of another one's are not even read.
+        inherited: function (given, saved) -> {option: value}, what another run that these options
+            name has settled. given: as on the command line, paths absolute; saved: the checkpoint's.
     Raises:
         UsageError: unknown option, wrong type, value out of range, contradicting options; --eval or
             --resume of another script.
@@ -338,10 +340,14 @@ def parse(Args, presets, description, argv=None, method=None):
     saved = {}
     if given.get("eval"):
         saved = _of_checkpoint(given, Args, method)
-        given.setdefault("out", _default_out({**saved, **given}) + _kind_of_evaluation(given))
-    given.setdefault("out", _default_out(given))
     for name in given:
         given[name] = _absolute(fields[name], given[name])
+    if inherited:
+        saved |= inherited(given, saved)
+    default_out = _default_out({**saved, **given})
+    if given.get("eval"):
+        default_out += _kind_of_evaluation(given)
+    given.setdefault("out", default_out)
     if given.get("resume"):
         saved = _of_run_to_resume(Path(given["out"]), given, Args, method)
     data = given.get("data", saved.get("data", fields["data"].default))

@@ -265,15 +265,18 @@ class Run:
             dist.all_reduce(stacked)
         return dict(zip(values, (stacked / self.world).tolist()))
 
-    def check_finite(self, not_finite, step):
-        """Raise UsageError if the flag `not_finite` is set on any rank (a sync: do it rarely)."""
+    def check_finite(self, not_finite, step, rate="--lr"):
+        """Raise UsageError if the flag `not_finite` is set on any rank (a sync: do it rarely).
+
+        rate: the option of the learning rate.
+        """
         if self.world > 1:
             dist.all_reduce(not_finite, op=dist.ReduceOp.MAX)
         if not not_finite.item():
             return
         self._wait_for_writer()
         raise UsageError(
-            f"the loss became NaN or infinite by step {step}: try a lower --lr or --amp off"
+            f"the loss became NaN or infinite by step {step}: try a lower {rate} or --amp off"
         )
 
 
@@ -557,6 +560,18 @@ def training_data(run, args):
     return dataset, images
 
 
+# Options, and their values where only one is meant. ("given": the class of every image is known.)
+NEED_TEST_IMAGES = (
+    ("corrupt", None),
+    ("shift", None),
+    ("save_maps", None),
+    ("contaminate", None),
+    ("fix_threshold", None),
+    ("class_at_test", "given"),
+    ("calibrate", "given"),
+)
+
+
 def _checked_data(run, args):
     dataset = data.load(
         args.data, args.data_root or None, args.classes or None, need_test=bool(args.eval)
@@ -568,10 +583,11 @@ def _checked_data(run, args):
             f"--data {args.data}: class '{untested[0]}' has no test images, while others have; add "
             "some, or leave the class out with --classes"
         )
-    for name in ("corrupt", "shift", "save_maps"):
-        if not tested and getattr(args, name):
-            option_name = name.replace("_", "-")
-            raise UsageError(f"--{option_name} needs test images, and --data {args.data} has none")
+    for name, wanted in NEED_TEST_IMAGES:
+        value = getattr(args, name, None)  # some are one script's own
+        if not tested and value and wanted in (None, value):
+            words = f"--{name.replace('_', '-')} {wanted or ''}".rstrip()
+            raise UsageError(f"{words} needs test images, and --data {args.data} has none")
     data.check(dataset, progress=run.is_rank0)
     return dataset
 
@@ -724,7 +740,8 @@ class Training:
         log_due = done % self.args.log_every == 0 or done == last
         save_due = done % self.args.checkpoint_every == 0 and done < last
         if log_due or save_due:
-            self.run.check_finite(self.not_finite, done)
+            rate = "--lr" if self.part == "model" else f"--{self.part}-lr"
+            self.run.check_finite(self.not_finite, done, rate)
         if log_due:
             self._log(done, loss, parts)
         if save_due:
@@ -755,6 +772,10 @@ class Training:
 
         more: what only a finished training has.
         """
+        if self.run.world > 1 and self.optimizer is not None:
+            # on CPUs each rank's batch norms have their own statistics since the last step
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
         finished = [*self.contents["finished"], self.part]
         state = self.state(finished=finished, **more)
         self.run.save(state)

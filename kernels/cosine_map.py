@@ -194,7 +194,9 @@ class _Moments(torch.autograd.Function):
         ctx.save_for_backward(*features)
         teachers, students = features[:n_scales], features[n_scales:]
         cells = [s.shape[2] * s.shape[3] for s in students]
-        wide = torch.promote_types(students[0].dtype, torch.float32)
+        wide = torch.float32
+        for s in students:
+            wide = torch.promote_types(wide, s.dtype)
         result = torch.empty(3, len(students[0]), sum(cells), dtype=wide)  # (3, B, L)
         for t, s, out in zip(teachers, students, result.split(cells, dim=2)):
             moments_torch(t, s, out)
@@ -622,6 +624,7 @@ def _trial(device, dtype):
     results = {}
     for backend in ("triton", "torch"):
         maps = cosine_map(teachers, students, (9, 7), backend=backend)
+        weighted = cosine_map(teachers, students, (9, 7), power=0.25, backend=backend)
         loss = cosine_loss(teachers, students, flat=False, backend=backend)
-        results[backend] = [maps, loss, *torch.autograd.grad(loss, students)]
+        results[backend] = [maps, weighted, loss, *torch.autograd.grad(loss, students)]
     compare(results["triton"], results["torch"], dtype)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 import cada
 import contract
 import onenip
-from common import backbones, data, papers, runtime
+from common import UsageError, backbones, data, papers, runtime
 
 CHANNELS, SIDES = (16, 24, 32), (16, 8, 4)  # of a small teacher at 64 px
 BASES = ("revdist", "recontrast", "uniad")
@@ -703,6 +704,9 @@ def test_evaluation_repeats_the_run_and_does_stage_two_again_where_asked(finishe
     assert command("cada", "--eval", tmp_path / "0" / "checkpoint.pt", "--out", tmp_path / "given").status == 0
     assert metrics_of(tmp_path / "given") == metrics_of(tmp_path / "0")
     assert command("cada", "--eval", checkpoint, "--calibrate", "none", "--out", tmp_path / "none").status == 0
+    assert command("cada", "--eval", checkpoint, "--image-size", 96, "--out", tmp_path / "larger").status == 0
+    larger = torch.load(tmp_path / "larger" / "checkpoint.pt", weights_only=True)
+    assert not torch.equal(larger["calibration"]["statistics"], state["calibration"]["statistics"]), "those of 64 px"
     none = metrics_of(tmp_path / "none")
     assert "compare" not in none and none["mixed"] == before["compare"]["without calibration"]["mixed"]
 
@@ -896,8 +900,29 @@ def test_base_run_calibrates_what_another_run_kept(finished, tmp_path, command, 
         assert row["i_auroc"] == pytest.approx(base["classes"][cls]["i_auroc"], abs=1e-4)
     assert calibrated["compare"]["without calibration"]["mixed"] == none["mixed"] != calibrated["mixed"]
     assert calibrated["setting"]["base"] == str(finished[0]) and "backbone" not in calibrated["setting"]
-    done = command("cada", "--eval", tmp_path / "cada" / "checkpoint.pt", "--out", tmp_path / "again")
-    assert done.status == 0 and metrics_of(tmp_path / "again") == calibrated
+    words = ("--eval", tmp_path / "cada" / "checkpoint.pt", "--seed", 1)  # a head trained anew would be another one
+    assert command("cada", *words, "--out", tmp_path / "again").status == 0
+    again = metrics_of(tmp_path / "again")
+    assert {**again, "seed": 0} == calibrated
+
+
+def test_base_run_settles_preset_and_folder(tmp_path, monkeypatch):
+    """They follow from the data of the run whose maps are calibrated, and so do the options that cannot differ."""
+    monkeypatch.setattr(sys, "argv", ["cada.py"])
+    (tmp_path / "args.json").write_text(json.dumps(
+        {"data": "mvtec", "classes": "", "image_size": 224, "mask_rule": "any", "data_root": "/root/of/data"}))
+
+    def parse(*words):
+        argv = ["--base-run", str(tmp_path), *map(str, words)]
+        return runtime.parse(cada.Args, cada.RECIPE_OF_A_RUN, "", argv, method="cada", inherited=cada.of_base_run)
+
+    args = parse()
+    assert (args.preset, args.out, args.calibration_steps) == ("paper", str(Path("runs", "cada-mvtec")), 5000)
+    assert (args.data, args.image_size, args.data_root) == ("mvtec", 224, "/root/of/data")
+    assert parse("--data", "mvtec", "--data-root", tmp_path).data_root == str(tmp_path)
+    for words in (("--data", "visa"), ("--classes", "pcb1"), ("--image-size", 320), ("--mask-rule", "half")):
+        with pytest.raises(UsageError, match=f"{words[0]} .*leave that option out"):
+            parse(*words)
 
 
 def test_bad_base_runs_end_in_one_line(finished, tiny_data, tmp_path, command):
@@ -928,6 +953,7 @@ def test_bad_base_runs_end_in_one_line(finished, tiny_data, tmp_path, command):
         ((finished[0], "--corrupt", "contrast"), "--corrupt"),
         ((finished[0], "--shift", "all"), "--shift"),
         ((finished[0], "--contaminate", 0.1), "--contaminate"),
+        ((finished[0], "--eval", finished[0] / "checkpoint.pt"), "--eval"),
     ]
     for i, (words, named) in enumerate(cases):
         done = command("cada", "--base-run", *words, "--out", tmp_path / f"out{i}")
@@ -985,6 +1011,8 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
         ((*drawn, "--depths", "3,3,4,0"), "--depths"),
         ((*drawn, "--base", "uniad", "--heads", 7), "--heads"),
         ((*drawn, "--smoothing", 4), "--smoothing"),
+        ((*drawn, "--base", "recontrast", "--cosine", "location"), "--cosine"),
+        ((*drawn, "--refit"), "--refit"),
         ((*drawn, "--regressor", "3+1"), "--regressor"),
         ((*drawn, "--dropout", 1), "--dropout"),
         ((*drawn, "--score", "top5"), "--score"),

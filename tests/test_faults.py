@@ -256,6 +256,17 @@ def test_options_that_need_test_images(words, said, tmp_path):
         training_data("--data", home, *words)
 
 
+@pytest.mark.parametrize("script, words", [
+    ("roads", ("--class-at-test", "given")), ("cada", ("--calibrate", "given")), ("cada", ("--contaminate", 0.2)),
+    ("cada", ("--fix-threshold", 0.2))])
+def test_options_of_one_script_that_need_test_images(script, words, tmp_path, command):
+    """The threshold is found as --predict scores, which knows no class: refused before, not after the training."""
+    home = good_only(tmp_path / "home", {"a": 2, "b": 2})
+    done = command(script, "--data", home, *words, "--out", tmp_path / "out")
+    assert done.status == 2 and f"{words[0]}" in done.err and "needs test images" in done.err
+    assert done.err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 def test_some_classes_with_and_some_without_test_images(tiny_data, tmp_path):
     """Neither a table that silently lacks a class nor one threshold beside metrics; an evaluation needs test images."""
     shutil.copytree(tiny_data / "screw", tmp_path / "home" / "screw")

@@ -178,6 +178,16 @@ def test_map_is_the_published_one(reduce, layout):
         assert not maps.requires_grad
 
 
+def test_scales_of_different_dtypes():
+    """The map has the widest of the scales' dtypes, in whatever order they come."""
+    teachers, students = features(2, [(8, 4, 5), (8, 2, 2)])
+    for wide in (0, 1):
+        mixed = [[f if i == wide else f.float() for i, f in enumerate(part)] for part in (teachers, students)]
+        maps = cosine_map(*mixed, 9)
+        assert maps.dtype == torch.float64
+        torch.testing.assert_close(maps, cosine_map(teachers, students, 9), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("power", [0.25, 1.0])
 def test_weighted_map(power):
     """A distance counts by the teacher's root mean square there, to this power: c times as long features, c^power

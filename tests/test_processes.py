@@ -224,6 +224,27 @@ def test_an_evaluation_is_shared_out(world, tiny_data, tmp_path):
 # --------------------------------------------------------------------------------- one process dies
 
 
+def batch_norm_of_a_training(run):
+    """Its running mean at the end of a training, in the module and in the checkpoint; each rank has its own images."""
+    args = runtime.Options(out=str(run.out), workers="0")
+    args.batch_size, args.schedule = 2, "constant"
+    model, parallel = run.wrap(torch.nn.BatchNorm1d(2))
+    job = runtime.Training(run, args, model, torch.optim.SGD(model.parameters(), lr=0.1))
+    torch.manual_seed(run.rank)
+    for _ in range(3):
+        loss = parallel(torch.randn(2, 2)).square().sum()
+        loss.backward()
+        job.record(loss, {})
+    return model.running_mean, job.finish()["model"]["running_mean"]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_all_ranks_evaluate_the_model_of_the_checkpoint(world, tmp_path):
+    """Without SyncBatchNorm, on CPUs, the last step would leave each rank with its own statistics."""
+    means = [mean for pair in together(batch_norm_of_a_training, world, tmp_path) for mean in pair]
+    assert all(torch.equal(mean, means[0]) for mean in means)
+
+
 def train_until_one_dies(rank, world, folder, ready):
     """A training whose last rank is killed after its checkpoint of step 5; stderr in a file."""
     os.environ |= {"WORLD_SIZE": str(world), "RANK": str(rank)}

@@ -2,6 +2,7 @@
 three traps, what learns and what must not, the out-of-domain views, and the whole program through its command line."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -639,8 +640,9 @@ def test_code_cosines():
     same = F.cosine_similarity(codes["clean"], codes["shifted"]).mean().item()
     assert mean_of["clean"]["code cosine, clean copy"] is None
     assert mean_of["shifted"]["code cosine, clean copy"] == pytest.approx(same, rel=1e-5)
-    score.follow([*eight] * 100)
-    assert len(score.followed) == 8, "spread over all of the data"
+    many = [dataclasses.replace(eight[0], image=str(i)) for i in range(511)]
+    score.follow(many)
+    assert len(score.followed) == 256 and score.followed == {s.image for s in many[::2]}, "spread over all of the data"
 
 
 # ---------------------------------------------------------------------------------- the program, as a user runs it
@@ -813,7 +815,7 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
         ((*drawn, "--head-width", 0), "--head-width"),
         ((*drawn, "--adapter", "batch-norm"), "--adapter"),
         ((*drawn, "--adapter-backbone", "vgg16"), "--adapter-backbone"),
-        ((*drawn, "--adapter-weights", tmp_path / "none.pth"), "none.pth"),
+        ((*drawn, "--adapter-weights", tmp_path / "none.pth"), "--adapter-weights"),
         ((*drawn, "--weights", tmp_path / "none.pth"), "none.pth"),
         ((*drawn, "--ood-severity", 11), "--ood-severity"),
         ((*drawn, "--mu", "-1"), "--mu"),
