@@ -376,7 +376,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from common import backbones, data, metrics, papers, pictures, report, runtime, thresholds
+from common import backbones, data, metrics, options, papers, pictures, report, runtime, thresholds
 from common.maps import gaussian_window, image_score, name_of_power, name_of_rule
 
 # ------------------------------------------------------------------------------------- calibration
@@ -1355,6 +1355,7 @@ def draw_changed(args, run, dataset, score, plain, rows, number=6):
         args.image_size,
         corrupt=report.corruption(args),
         mask_rule=args.mask_rule,
+        depths=run.depths,
     )
     batch = torch.stack([images[i] for i in range(len(images))])
     maps = []  # before, after
@@ -1378,7 +1379,11 @@ def draw_pixels(args, run, dataset, score, per_class=8, step=16):
         samples = [sample for sample in dataset.test if sample.cls == cls]
         chosen = samples[:: -(-len(samples) // per_class)]
         images = data.Images(
-            chosen, args.image_size, corrupt=report.corruption(args), mask_rule=args.mask_rule
+            chosen,
+            args.image_size,
+            corrupt=report.corruption(args),
+            mask_rule=args.mask_rule,
+            depths=run.depths,
         )
         batch = torch.stack([images[i] for i in range(len(images))]).to(run.device)
         masks = torch.stack([images.mask(i) for i in range(len(images))])
@@ -1551,17 +1556,17 @@ def base_of_checkpoint(args, state):
         changed.append("refit")
     if "calibration" in state["finished"] and not changed:
         return state
-    options = ", ".join("--" + name.replace("_", "-") for name in changed) or "no calibration"
+    named = ", ".join("--" + name.replace("_", "-") for name in changed) or "no calibration"
     if args.predict:
         raise UsageError(
-            f"--predict with {options}: needs a checkpoint whose calibration is finished and has the "
+            f"--predict with {named}: needs a checkpoint whose calibration is finished and has the "
             "same options; --eval without --predict writes one"
         )
     fitted_on = state.get("fitted_on", data_of(Args(data=saved["data"], classes=saved["classes"])))
     fits = args.calibrate != "none"
     if fits and data_of(args) != fitted_on and not args.refit:
         raise UsageError(
-            f"--eval on other data than the calibration was fitted on ({fitted_on}), with {options} "
+            f"--eval on other data than the calibration was fitted on ({fitted_on}), with {named} "
             "changed: --refit fits it anew, on the training images of --data"
         )
     parts = {name: state[name] for name in ("method", "model", "seconds")}
@@ -1571,11 +1576,16 @@ def base_of_checkpoint(args, state):
 def check_contamination(args, saved):
     """What the base has seen must not come back into the test set, or fix a threshold. On other data
     nothing was moved."""
-    if args.data != saved["data"]:
-        args.contaminate = args.fix_threshold = 0.0
-        return
     contaminated = saved.get("contaminate", 0.0)  # older runs had neither
     held_out = saved.get("fix_threshold", 0.0)
+    if args.data != saved["data"]:
+        if contaminated:
+            options.tell(
+                f"warning: the base has seen some defective images of {saved['data']} as good ones; "
+                "if --data is a copy of it, they are tested now"
+            )
+        args.contaminate = args.fix_threshold = 0.0
+        return
     if args.fix_threshold != held_out:
         raise UsageError(
             f"--eval: the base was trained with --fix-threshold {held_out}, so it has "
@@ -1711,7 +1721,8 @@ def report_thresholds(args, run, score, plain, related):
     score: the `Scorer`. plain: the pass without calibration, or None. related: `correlations`.
     Returns the rows (path, class, label, score).
     """
-    with open(run.out / "scores.csv") as file:
+    text = dict(encoding="utf-8", errors="surrogateescape")  # as it was written
+    with open(run.out / "scores.csv", **text) as file:
         records = list(csv.DictReader(file))
     rows = [(r["path"], r["class"], int(r["label"]), float(r["score"])) for r in records]
     parts = {"without calibration": rows}

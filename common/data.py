@@ -152,7 +152,7 @@ def _tell_apart(name, sources):
         group = [source for source in sources if source.name == equal]
         if len({source.folder.resolve() for source in group}) < len(group):
             raise UsageError(f"--data {name}: the same data set twice; name each once")
-        places = [Path(os.path.abspath(source.folder)).parts for source in group]
+        places = [Path(os.path.abspath(source.folder)).parts[1:] for source in group]  # without the root
         depth = 2
         while len({place[-depth:] for place in places}) < len(places):
             depth += 1
@@ -196,6 +196,8 @@ def _chosen(classes, known, name):
         if candidate:
             chosen.add(candidate)
         pieces = pieces[length:]
+    if not chosen:
+        raise UsageError(f"--classes {text}: names no class; known: {', '.join(known)}")
     return chosen
 
 

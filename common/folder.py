@@ -14,6 +14,7 @@ import contextlib
 import csv
 import errno
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -76,7 +77,7 @@ def refuse(out, args):
 def _refuse_to_overwrite(out):
     if is_finished(out):
         found = "a finished run"
-    elif (out / "checkpoint.pt").is_file():
+    elif (out / "checkpoint.pt").is_file() and _trains(out):
         found = "an interrupted run (--resume goes on with it)"
     else:
         return
@@ -95,6 +96,14 @@ def _refuse_to_delete_inputs(out, args):
                     f"--{name.replace('_', '-')} {path} lies in --out {out}, which this run would "
                     "empty; choose another --out"
                 )
+
+
+def _trains(out):
+    """Whether the run in the folder is a training, which can be resumed, and no evaluation."""
+    try:
+        return not json.loads((out / "args.json").read_text()).get("eval")
+    except (OSError, ValueError):
+        return True
 
 
 def is_finished(out):
@@ -172,7 +181,7 @@ def kept():
     out = _taken[0]
     if is_finished(out):
         return f"the results in {out} are complete"
-    if (out / "checkpoint.pt").is_file():
+    if (out / "checkpoint.pt").is_file() and _trains(out):
         return f"the training is kept in {out / 'checkpoint.pt'}: --resume --out {out} goes on"
     part = out / "predictions.part.csv"
     if part.is_file():

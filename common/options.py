@@ -158,7 +158,7 @@ class Options:
         [], "no training: score these images or folders with --eval CKPT", nargs="+"
     )
     threshold: float = option(
-        0.0,
+        None,
         "--predict: the image score above which an image is called defective (default: the score "
         "that 99 % of good images do not reach, from the checkpoint)",
     )
@@ -234,7 +234,8 @@ def before_torch(Args, presets, description):
     try:
         given = vars(_parser(Args, presets, description).parse_args())
         _check_given(given, Args)
-        if given.get("resume"):
+        known = given.get("out") or not given.get("base_run")  # else it follows from that run's data
+        if given.get("resume") and known:
             _of_run_to_resume(Path(given.get("out") or _default_out(given)), given, Args)
         elif given.get("eval") and not os.path.isfile(given["eval"]):
             raise UsageError(f"{given['eval']}: no such checkpoint")
@@ -287,6 +288,7 @@ def to_nowhere(stream):
 
 def exit_with(main):
     """The end of a command: exit with main()'s status; quietly where nobody reads on (`| head`)."""
+    any_output()
     try:
         status = main()
         sys.stdout.flush()
@@ -340,11 +342,12 @@ def parse(Args, presets, description, argv=None, method=None, inherited=None):
     saved = {}
     if given.get("eval"):
         saved = _of_checkpoint(given, Args, method)
+    as_typed = dict(given)
     for name in given:
         given[name] = _absolute(fields[name], given[name])
     if inherited:
         saved |= inherited(given, saved)
-    default_out = _default_out({**saved, **given})
+    default_out = _default_out({**saved, **as_typed})
     if given.get("eval"):
         default_out += _kind_of_evaluation(given)
     given.setdefault("out", default_out)
@@ -355,8 +358,8 @@ def parse(Args, presets, description, argv=None, method=None, inherited=None):
     args = Args(**{**presets.get(preset, {}), **saved, **given, "preset": preset})
     for field in fields.values():
         _check_range(field, getattr(args, field.name))
-    if args.shift and (args.corrupt or args.predict):
-        raise UsageError("--shift goes with neither --corrupt nor --predict")
+    if args.shift and args.corrupt:
+        raise UsageError("--shift goes not with --corrupt")
     if args.corrupt:
         from common import corruptions  # scipy
 
@@ -438,6 +441,9 @@ def _check_given(given, Args):
         raise UsageError(f"--threads {threads}: must be auto or a number above 0")
     if given.get("predict") and not given.get("eval"):
         raise UsageError("--predict needs --eval CHECKPOINT: the trained model to score with")
+    for name in ("corrupt", "shift", "save_maps"):
+        if given.get("predict") and given.get(name):
+            raise UsageError(f"{_flag(name)} goes not with --predict")
     if "threshold" in given and not given.get("predict"):
         raise UsageError("--threshold needs --predict: the metrics have none")
     if given.get("resume") and (given.get("eval") or given.get("overwrite")):
@@ -474,7 +480,7 @@ def _of_checkpoint(given, Args, method):
     names = [field.name for field in dataclasses.fields(Args) if field.name not in OF_THE_RUN]
     saved = _saved(load_checkpoint(path, method)["args"], names, Args)
     for name in saved.keys() - given.keys():
-        needed = name != "data" or not given.get("predict")
+        needed = name not in ("data", "textures") or not given.get("predict")
         if needed and _is_gone(saved[name]):
             raise UsageError(
                 f"{path} was trained with {_flag(name)} {saved[name]}, which is not there now; "
@@ -535,10 +541,18 @@ def _of_run_to_resume(out, given, Args, method=None):
     saved = _saved(of_run, fields, Args)
     for name, value in given.items():
         value = _absolute(fields[name], value)
-        if name in saved and name not in FREE_ON_RESUME and saved[name] != value:
+        if name not in saved or name in FREE_ON_RESUME or _is_gone(saved[name]):
+            continue
+        if saved[name] != value:
             raise UsageError(
                 f"--resume: {out} was started with {_flag(name)} {saved[name]}, not {value}; "
                 "leave it out, or choose another --out"
+            )
+    for name in saved.keys() - given.keys():
+        if _is_gone(saved[name]):
+            raise UsageError(
+                f"--resume: {_flag(name)} {saved[name]} is not there now; name it anew with "
+                f"{_flag(name)}"
             )
     return {k: v for k, v in saved.items() if k not in ("resume", "overwrite")}
 

@@ -60,7 +60,7 @@ def predict(run, args, score, normal_score, columns=None, pixel_threshold=None):
         score: (images (B, 3, S, S) uint8 on the run's device, their B samples) -> (maps (B, S, S),
             scores (B,)), float tensors; the samples have class "" and label 0.
         normal_score: the 99 % quantile of the training images' scores. It is the threshold, unless
-            `args.threshold` is above 0 and takes its place. A picture whose score is higher than
+            `args.threshold` is given and takes its place. A picture whose score is higher than
             the threshold is called defective. Column `ratio` is score / threshold; empty if the
             threshold is not above 0.
         columns: {name: function(sample, score) -> value}: the method's own columns, after the
@@ -77,7 +77,7 @@ def predict(run, args, score, normal_score, columns=None, pixel_threshold=None):
         names = " ".join(pages.readable(path) for path in args.predict)
         raise UsageError(f"--predict {names}: no images found")
     columns = columns or {}
-    threshold = getattr(args, "threshold", 0.0) or normal_score
+    threshold = normal_score if args.threshold is None else args.threshold
     decode = functools.partial(_decode, size=args.image_size, top=_top(run.depths))
     draw = functools.partial(_draw, out=run.out, pixel_threshold=pixel_threshold)
     batch_size = max(args.batch_size, AT_ONCE // args.image_size**2)

@@ -469,6 +469,8 @@ def main(argv=None):
         else:
             page, default = pages.compare_page(folders, COLUMNS), Path("compare.html")
         out = Path(args.out) if args.out else default
+        if out.is_dir():
+            raise UsageError(f"--out {out} is a folder; name a file")
         runtime.write_atomic(out, page.encode())
     except UsageError as error:
         print(f"error: {pages.readable(error)}", file=sys.stderr)

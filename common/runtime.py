@@ -1293,6 +1293,7 @@ def _message_of(error):
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         return "out of memory: lower --batch-size, --image-size or --memory-share"
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+    numbers += (errno.ENOTDIR, errno.ENAMETOOLONG)
     if isinstance(error, OSError) and error.errno in numbers:
         return f"{error.filename or 'output'}: {error.strerror}"
     return None

@@ -23,7 +23,6 @@ The result: the table on the terminal, and in --out (default runs/tables/PAPER-T
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -38,6 +37,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from common import UsageError, papers
 from common.folder import current_commit
@@ -66,7 +70,7 @@ SHIFTS = ("brightness:3", "contrast:3", "defocus_blur:3", "gaussian_noise:3")
 class Job:
     """A command of a script and the folder of its run."""
 
-    script: str
+    script: str  # onenip; docs.nearest, as after python -m
     words: tuple  # the options, without --out and --eval
     folder: Path
     training: "Job | None" = None  # this one is --eval of that one's checkpoint; None: a training
@@ -83,7 +87,7 @@ class Job:
         words = self.words
         if self.training is not None:
             words = ("--eval", str(self.training.folder / "checkpoint.pt"), *words)
-        return (path_of(self.script), *words, "--out", str(self.folder))
+        return (*program(self.script), *words, "--out", str(self.folder))
 
     def next_command(self):
         """The same, but an interrupted training goes on, and an evaluation is done again."""
@@ -91,16 +95,18 @@ class Job:
             return self.command()
         if self.training is not None:
             return (*self.command(), "--overwrite")
-        return (path_of(self.script), "--out", str(self.folder), "--resume")
+        return (*program(self.script), "--out", str(self.folder), "--resume")
 
     def costs_command(self):
         """What prints the size and the cost of this training's model."""
-        return (path_of(self.script), "--flops", *self.words)
+        return (*program(self.script), "--flops", *self.words)
 
 
-def path_of(script):
-    """The file of a script, as one would type it here."""
-    return os.path.relpath(SCRIPTS / f"{script}.py")
+def program(script):
+    """What one would type here after python: the script's file, or -m and its module."""
+    if "." in script:
+        return "-m", script
+    return (os.path.relpath(SCRIPTS / f"{script}.py"),)
 
 
 def chain_of(row, seed, shift, args, commit):
@@ -190,12 +196,14 @@ def folder_of(args, name, commit):
 class Runner:
     """Runs commands, several at once, and remembers which of them failed.
 
+    `after(training)` is called when a training and all that is asked of it are through.
+
     Attributes:
         failed: {folder: why}, one line each.
     """
 
-    def __init__(self, at_once):
-        self.at_once, self.failed = at_once, {}
+    def __init__(self, at_once, after=lambda training: None):
+        self.at_once, self.after, self.failed = at_once, after, {}
         self.children, self.stopped, self.lock = set(), False, threading.Lock()
 
     def run(self, chains, costs=()):
@@ -235,6 +243,8 @@ class Runner:
                 self.failed[evaluation.folder] = f"its training: {why}"
         if costs and training.state == "finished":
             self._costs(training)
+        with self.lock:
+            self.after(training)
 
     def _job(self, job):
         if self.stopped:
@@ -243,12 +253,14 @@ class Runner:
             self.say(f"finished before: {job.folder}")
             return
         job.folder.mkdir(parents=True, exist_ok=True)
-        with open(job.folder / ".lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self._fail(job.folder, "another process runs it; the same command later takes it")
-                return
+        with open(job.folder / ".table.lock", "w") as lock:
+            if fcntl:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    why = "another process runs it; the same command later takes it"
+                    self._fail(job.folder, why)
+                    return
             self._locked(job, lock)
 
     def _locked(self, job, lock):
@@ -293,7 +305,7 @@ class Runner:
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     env=environment,
-                    pass_fds=[lock.fileno()] if lock else [],
+                    pass_fds=[lock.fileno()] if lock and fcntl else [],
                 )
                 self.children.add(child)
             status = child.wait()
@@ -842,14 +854,22 @@ def write(args, table):
 
 def launch():
     """The command: a user's mistake is one line on stderr and exit status 2."""
+    return ended("tables", main)
+
+
+def ended(name, main):
+    """The exit status of main() of a command of this name that runs commands."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends the commands too
     try:
         return main()
     except UsageError as error:
-        print(f"tables: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{name}: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("tables: interrupted; the same command goes on where it was", file=sys.stderr)
+        print(f"{name}: interrupted; the same command goes on where it was", file=sys.stderr)
         return 130
 
 

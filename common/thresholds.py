@@ -55,6 +55,7 @@ def without_test_images(run, args, dataset, score, state):
         rows = [(s.image, s.cls, s.label, value) for s, value in zip(run.held_out, scores)]
         write_csv(run.out / "scores.csv", ("path", "class", "label", "score"), rows)
     run.save(dict(state))
+    run.finish_saving()  # threshold.json says that all is there
     if not run.is_rank0:
         return
     found = {

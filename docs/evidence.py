@@ -20,22 +20,19 @@ docs/results/DATA-TEACHER.json, a list with one record for each model, seed and 
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
-import shlex
 import shutil
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from common import UsageError, papers, tables
+from common.folder import write_atomic
 from common.options import exit_with
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 TEACHERS = ("resnet18", "efficientnet_lite0")
 METRICS = ("i_auroc", "p_auroc", "p_ap", "p_aupro")  # columns of the first table
@@ -55,7 +52,7 @@ class Row:
 
     @property
     def calibrates_itself(self):
-        return self.script == "cada.py"
+        return self.script == "cada"
 
 
 def row(title, command, *pace):
@@ -63,17 +60,17 @@ def row(title, command, *pace):
     return Row(title, script, tuple(words), pace or (0, 0))
 
 
-NEAREST = "docs/nearest.py --average 3"
-CADA = "cada.py --image-size 256"
-ROADS = "roads.py --image-size 256 --batch-size 8"
+NEAREST = "docs.nearest --average 3"
+CADA = "cada --image-size 256"
+ROADS = "roads --image-size 256 --batch-size 8"
 ROWS = {
     "nearest-class": row("nearest neighbour, knows the class", NEAREST),
     "nearest": row("nearest neighbour", f"{NEAREST} --memory all"),
     "uniad": row("UniAD", f"{CADA} --base uniad --image-size 224", 1000, 1250),
     "revdist": row("reverse distillation", CADA, 220, 1050),
     "recontrast": row("ReContrast", f"{CADA} --base recontrast", 75, 80),
-    "onenip": row("OneNIP", "onenip.py --image-size 224 --bank 4", 260, 220),
-    "omniad": row("Omni-AD", "omniad.py --image-size 256", 75, 130),
+    "onenip": row("OneNIP", "onenip --image-size 224 --bank 4", 260, 220),
+    "omniad": row("Omni-AD", "omniad --image-size 256", 75, 130),
     "roads-0": row("ROADS-0, distillation alone", f"{ROADS} --no-prompts --no-adapter", 60, 330),
     "roads-1": row("ROADS-1, adapter", f"{ROADS} --no-prompts", 50, 130),
     "roads-1-mu0": row("the same, μ = 0", f"{ROADS} --no-prompts --mu 0", 50, 130),
@@ -85,9 +82,9 @@ CALIBRATION = ()  # options for the calibration of another script's maps: none b
 # By script, what the presets, made for EfficientNet-Lite0, have otherwise: reverse distillation's loss as in its
 # authors' code; Omni-AD's recipe for maps of unequal magnitude, chosen on training images (docs/measured.md).
 FOR_RESNET = {
-    "cada.py": ("--cosine", "flat"),
-    "roads.py": ("--distance", "flat"),
-    "omniad.py": ("--standardize", "--clip", "0.2", "--lr", "5e-4"),
+    "cada": ("--cosine", "flat"),
+    "roads": ("--distance", "flat"),
+    "omniad": ("--standardize", "--clip", "0.2", "--lr", "5e-4"),
 }
 
 
@@ -110,12 +107,14 @@ class Model:
     def steps(self):
         return self.row.pace[TEACHERS.index(self.args.teacher)] * self.args.minutes
 
-    def folder(self, part="model"):
-        name = f"{self.name}-{self.args.teacher}-{self.args.minutes}min-seed{self.seed}"
+    def folder(self, part):
+        """Another one for other options, data or steps."""
+        digest = hashlib.sha1("\0".join(self.words()).encode()).hexdigest()
+        name = f"{self.name}-{self.args.teacher}-{self.args.minutes}min-seed{self.seed}-{digest[:8]}"
         return self.args.runs.resolve() / name / part
 
-    def training(self):
-        """The words of the command."""
+    def words(self):
+        """The options of its training."""
         words = ["--data", self.args.data, *self.row.words, "--backbone", self.args.teacher]
         if self.args.weights:
             words += ["--weights", self.args.weights]
@@ -123,67 +122,45 @@ class Model:
             words += FOR_RESNET.get(self.row.script, ())
         if self.steps:
             words += ["--steps", str(self.steps)]
-        if self.row.script != "cada.py" and self.steps:
+        if self.row.script != "cada" and self.steps:
             words.append("--save-maps")
-        return [self.row.script, *words, "--seed", str(self.seed)]
+        return [*words, "--seed", str(self.seed)]
 
-    def checkpoint(self):
-        return str(self.folder() / "checkpoint.pt")
+    def training(self):
+        return tables.Job(self.row.script, tuple(self.words()), self.folder("model"))
 
     def questions(self):
-        """{part: words of the command that asks it of the trained model}."""
-        found, seed = {}, ["--seed", str(self.seed)]
-        again = [self.row.script, "--eval", self.checkpoint(), *seed]
-        plain = ["--calibrate", "none"] if self.row.calibrates_itself else []
+        """{part: the command that asks it of the trained model}."""
+        found, seed = {}, ("--seed", str(self.seed))
+        training = self.training()
+
+        def evaluation(part, *words):
+            found[part] = tables.Job(training.script, (*words, *seed), self.folder(part), training)
+
+        def calibration(part, *words):
+            words = ("--base-run", str(training.folder), *words, *CALIBRATION, *seed)
+            found[part] = tables.Job("cada", words, self.folder(part))
+
         if self.row.calibrates_itself:
-            found["given"] = [*again, "--calibrate", "given"]
+            evaluation("given", "--calibrate", "given")
         elif self.steps:
-            maps = ["cada.py", "--base-run", str(self.folder()), *seed, *CALIBRATION]
-            found["given"] = [*maps, "--calibrate", "given"]
-            found["cada"] = maps
-        if self.args.shift:
-            found["shift-none"] = [*again, *plain, "--shift", "all"]
-            if self.row.calibrates_itself:
-                found["shift-cada"] = [*again, "--shift", "all"]
+            calibration("given", "--calibrate", "given")
+            calibration("cada")
+        if self.args.shift and self.row.calibrates_itself:
+            evaluation("shift-none", "--calibrate", "none", "--shift", "all")
+            evaluation("shift-cada", "--shift", "all")
+        elif self.args.shift:
+            evaluation("shift-none", "--shift", "all")
         return found
 
+    def is_complete(self):
+        jobs = self.training(), *self.questions().values()
+        return all(job.state == "finished" for job in jobs)
 
-def run(words, folder):
-    """Run a command of a script, unless its result is there; one that was interrupted goes on. Its
-    output is in output.txt. Raises `UsageError` if it fails."""
-    if (folder / "metrics.json").is_file():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    script, *words = words
-    training = "--eval" not in words and "--base-run" not in words
-    if (folder / "args.json").is_file():
-        words = ["--resume"] if training else [*words, "--overwrite"]
-    command = ["-m", module_of(script), *words, "--out", str(folder)]
-    print(f"python {shlex.join(command)}", flush=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(folder / "output.txt", "w") as file:
-        done = subprocess.run(
-            [sys.executable, *command], stdout=file, stderr=file, cwd=ROOT, env=environment
-        )
-    if done.returncode:
-        raise UsageError(f"a command failed: {folder / 'output.txt'}")
-
-
-def module_of(script):
-    """docs/nearest.py -> docs.nearest."""
-    return script.removesuffix(".py").replace("/", ".")
-
-
-def of_model(model):
-    """Run all that is asked of one model. Returns its records."""
-    run(model.training(), model.folder())
-    parts = {"model": model.folder()}
-    for part, words in model.questions().items():
-        parts[part] = model.folder(part)
-        run(words, parts[part])
-    results = {part: json.loads((folder / "metrics.json").read_text()) for part, folder in parts.items()}
-    shutil.rmtree(model.folder() / "maps", ignore_errors=True)
-    return records(model, results)
+    def results(self):
+        """{part: metrics.json} of what was asked."""
+        jobs = {"model": self.training(), **self.questions()}
+        return {part: tables.measured(job) for part, job in jobs.items()}
 
 
 def records(model, results):
@@ -226,10 +203,8 @@ def records(model, results):
 def anonymous(model):
     """The words of the training's command, with FOLDER and FILE in place of this machine's paths."""
     hidden = {model.args.data: "FOLDER", model.args.weights: "FILE"}
-    script, *words = [hidden.get(word, word) for word in model.training()]
-    if "/" in script:
-        script = f"-m {module_of(script)}"
-    return [script, *words]
+    words = [hidden.get(word, word) for word in model.words()]
+    return [*tables.program(model.row.script), *words]
 
 
 def per_cent(values):
@@ -263,7 +238,7 @@ def write(file, found):
     order = list(ROWS)
     found.sort(key=lambda r: (order.index(r["row"]), r["calibration"], r["seed"]))
     lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in found)
-    file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    write_atomic(file, f"[\n{lines}\n]\n".encode())
 
 
 def replaced(found, new):
@@ -372,40 +347,61 @@ def parse(argv):
     parser.add_argument("--jobs", type=int, default=1, help="models at once, a thread each")
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def check(args):
+    """Refuse what cannot be, before anything runs, and turn texts into values."""
     args.rows = args.rows.split(",")
     for name in args.rows:
         if name not in ROWS:
-            parser.error(f"--rows {name}: choose from {', '.join(ROWS)}")
-    args.seeds = [int(seed) for seed in args.seeds.split(",")]
-    return args
+            raise UsageError(f"--rows {name}: choose from {', '.join(ROWS)}")
+    seeds = args.seeds.split(",")
+    if not all(seed.isdecimal() for seed in seeds):
+        raise UsageError(f"--seeds {args.seeds}: must be whole numbers, such as 0,1,2")
+    args.seeds = [int(seed) for seed in seeds]
+    for name in ("minutes", "jobs"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
+    args.data, args.weights = (path and os.path.abspath(path) for path in (args.data, args.weights))
 
 
 def train(args):
-    """Everything that is asked for, several models at once; each one's records are kept at once."""
+    """Everything that is asked for, several models at once; each one's records are kept at once.
+    Returns {folder: why} of the commands that failed."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the commands
+    args.results.mkdir(parents=True, exist_ok=True)
     file = file_of(args.results, args.data, args.teacher)
-    models = [Model(name, seed, args) for seed in args.seeds for name in args.rows]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for new in pool.map(of_model, models):
-            write(file, replaced(read(file), new))
+    models = {}
+    for seed in args.seeds:
+        for name in args.rows:
+            model = Model(name, seed, args)
+            models[model.training()] = model
+
+    def keep(training):
+        model = models[training]
+        if model.is_complete():
+            write(file, replaced(read(file), records(model, model.results())))
+            shutil.rmtree(training.folder / "maps", ignore_errors=True)
+
+    runner = tables.Runner(args.jobs, after=keep)
+    runner.run({training: list(model.questions().values()) for training, model in models.items()})
+    return runner.failed
 
 
 def main(argv=None):
+    """Returns the exit status."""
     args = parse(argv)
-    if args.data:
-        train(args)
+    check(args)
+    failed = train(args) if args.data else {}
     for file in files(args.results):
         print(f"\n## {file.stem}\n\n{text_of(read(file))}")
-    return 0
+    return 1 if failed else 0
 
 
 def launch(argv=None):
     """The command: what went wrong is one line on stderr and exit status 2."""
-    try:
-        return main(argv)
-    except UsageError as error:
-        print(f"evidence: {error}", file=sys.stderr)
-        return 2
+    return tables.ended("evidence", lambda: main(argv))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 import kernels
-from common import UsageError, corruptions, data, options, pictures, report, runtime
+from common import UsageError, corruptions, data, files, options, pictures, report, runtime
 from kernels.cross_attention import neighbours
 
 ROOT = Path(__file__).resolve().parent.parent  # of the scripts
@@ -72,6 +72,7 @@ class Found:
     args: object
     dataset: data.Dataset
     score: object  # its Scorer
+    depths: dict  # see `data.depths`
 
 
 class Ready(Exception):
@@ -86,11 +87,13 @@ def ready(checkpoint, out):
     """
     state = runtime.load_checkpoint(checkpoint)
     method = state["method"]
+    if method not in PICTURES:
+        raise UsageError(f"{checkpoint}: there are no pictures for {method}")
     script = importlib.import_module(method)
 
     def stop(run, args, dataset, score, **more):
         scorer = getattr(score, "__self__", score)  # cada.py first measures score.plain
-        raise Ready(Found(args, dataset, scorer))
+        raise Ready(Found(args, dataset, scorer, run.depths))
 
     words = [f"{method}.py", "--eval", str(checkpoint), "--out", str(out), "--overwrite"]
     words += ["--device", "cpu", "--amp", "off", "--data-root", state["args"]["data_root"]]
@@ -105,7 +108,7 @@ def ready(checkpoint, out):
 
 def typical_defects(folder, dataset, names):
     """Of each class the defective image with the median score: list of samples."""
-    with open(Path(folder) / "scores.csv") as file:
+    with open(Path(folder) / "scores.csv", encoding="utf-8", errors="surrogateescape") as file:
         scores = {row["path"]: float(row["score"]) for row in csv.DictReader(file)}
     chosen = []
     for cls in names:
@@ -174,7 +177,8 @@ class Chosen:
     """The images that are shown: pixels (B, 3, S, S), samples, and their first two panels."""
 
     def __init__(self, found, samples):
-        images = data.Images(samples, found.args.image_size, mask_rule=found.args.mask_rule)
+        size, rule = found.args.image_size, found.args.mask_rule
+        images = data.Images(samples, size, mask_rule=rule, depths=found.depths)
         self.samples = samples
         self.batch = torch.stack([images[i] for i in range(len(images))])
         self.masks = np.stack([images.mask(i).numpy() for i in range(len(images))])
@@ -275,7 +279,8 @@ def attention(method, found, chosen):
     rows = []
     for i, (sample, first) in enumerate(zip(chosen.samples, chosen.first)):
         prompt = found.dataset.train[fixed[score.chosen[str(sample.image)]]]
-        prompt = pictures.pixels(data.Images([prompt], found.args.image_size)[0])
+        images = data.Images([prompt], found.args.image_size, depths=found.depths)
+        prompt = pictures.pixels(images[0])
         row, column = (int(n * model.side / found.args.image_size) for n in chosen.centre(i))
         seen = weights[i, row * model.side + column].unflatten(0, (model.side, model.side))
         token = marked(first[0], row, column, model.side)
@@ -333,7 +338,7 @@ def codes(method, found, chosen, per_class=8, side=720):
         samples += [s for s in found.dataset.test if s.cls == cls][:per_class]
     parts = []
     for corrupt in (None, corruptions.parse("brightness:3")):
-        images = data.Images(samples, found.args.image_size, corrupt=corrupt)
+        images = data.Images(samples, found.args.image_size, corrupt=corrupt, depths=found.depths)
         rows = [adapter(images[i][None])[0] for i in range(len(images))]
         parts.append(torch.stack(rows).float())
     both = torch.cat(parts)  # (2N, code)
@@ -380,8 +385,6 @@ def draw_run(folder, classes):
     """All pictures of a run into RUN/figures. Returns their paths."""
     out = Path(folder) / "figures"
     method, found = ready(Path(folder) / "checkpoint.pt", out)
-    if method not in PICTURES:
-        raise UsageError(f"{folder}: there are no pictures for {method}")
     chosen = choose(folder, found, classes)
     paths = []
     for name, function in PICTURES[method].items():
@@ -509,7 +512,8 @@ def draw_hero(folders, path):
         shown = median_defect([kept[cls] for _, kept in runs])
         _, first = runs[0]
         at = first[cls]["paths"].tolist().index(shown)
-        image = np.asarray(Image.open(shown).convert("RGB").resize((PANEL, PANEL)))
+        image = Image.fromarray(files.read_image(shown)).resize((PANEL, PANEL))
+        image = np.asarray(image)
         column = [image, panel(first[cls]["masks"][at].astype(bool))]
         for method, kept in runs:
             array, hit = map_of(kept[cls], shown)
@@ -581,6 +585,8 @@ def main(argv=None):
     classes = [name for name in args.classes.split(",") if name]
     first, *others = args.runs
     try:
+        if first == "hero" and not others:
+            raise UsageError("hero: give the folders of finished runs, of each method one")
         if first == "hero":
             print(draw_hero(others, Path(args.out)))
             print(args.out)

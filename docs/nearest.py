@@ -196,7 +196,12 @@ def main():
     check(args)
     run = runtime.start(args, "nearest")
     state = run.checkpoint_to_evaluate(args)
-    runtime.check_normal_score(args, state, ("image_size", "memory"))
+    if state and args.average != state["args"]["average"]:
+        raise UsageError(
+            f"--average {args.average}: the memory in {args.eval} is of --average "
+            f"{state['args']['average']}; leave that option out"
+        )
+    runtime.check_normal_score(args, state, ("image_size", "memory", "sigma"))
     dataset, images = runtime.training_data(run, args)
     check_test_images(args, dataset)
     class_names = state["classes"] if state else dataset.classes

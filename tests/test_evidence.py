@@ -1,6 +1,7 @@
 """The comparison of docs/protocol.md: what is run, what is kept, and that the page has what was kept."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,8 @@ def small(monkeypatch):
     """Rows that train for a moment."""
     small = "--image-size 64 --depths 1,1,1,1"
     monkeypatch.setattr(evidence, "ROWS", {
-        "revdist": evidence.row("distillation", f"cada.py {small} --calibration-steps 2", 2, 2),
-        "omniad": evidence.row("Omni-AD", f"omniad.py {small}", 2, 2),
+        "revdist": evidence.row("distillation", f"cada {small} --calibration-steps 2", 2, 2),
+        "omniad": evidence.row("Omni-AD", f"omniad {small}", 2, 2),
     })
     monkeypatch.setattr(evidence, "CALIBRATION", ("--calibration-steps", "2"))
 
@@ -47,36 +48,43 @@ def test_rows_are_trained_asked_and_kept(small, tiny_data, tmp_path, capsys):
         assert set(evidence.METRICS) <= set(record["mean"])
     assert [len(record.get("shift", ())) for record in found] == [0, 0, 0, 0, 0, 4]
     printed = capsys.readouterr().out
-    assert "python -m omniad" in printed and "| Omni-AD | 1 |" in printed and "| P-AUPRO | clean |" in printed
+    assert "python omniad.py" in printed and "| Omni-AD | 1 |" in printed and "| P-AUPRO | clean |" in printed
     assert not list(tmp_path.glob("runs/*/model/maps"))
     evidence.main([*words, "--rows", "revdist,omniad"])
-    assert "python -m" not in capsys.readouterr().out
+    assert "python " not in capsys.readouterr().out
     assert json.loads(file.read_text()) == found
+    # the same rows of other data are other runs
+    other = shutil.copytree(tiny_data / "screw", tmp_path / "other" / "screw").parent
+    assert evidence.main(["--data", str(other), *words[2:], "--rows", "revdist"]) == 0
+    assert json.loads((tmp_path / "other-efficientnet_lite0.json").read_text())[0]["classes"].keys() == {"screw"}
 
 
 def test_nothing_is_trained_for_the_nearest_neighbour():
     """It has no steps, and nothing to calibrate."""
     args = evidence.parse(["--data", "parts", "--rows", "nearest"])
     model = evidence.Model("nearest", 0, args)
-    assert model.training()[0] == "docs/nearest.py"
-    assert not {"--steps", "--save-maps"} & set(model.training()) and not model.questions()
+    assert model.training().command()[:2] == ("-m", "docs.nearest")
+    assert not {"--steps", "--save-maps"} & set(model.words()) and not model.questions()
 
 
 def test_a_command_that_fails_is_named(small, tiny_data, tmp_path, capsys):
-    """One line says where its output is, and the exit status is 2."""
+    """One line says which and why, what depends on it is not run, and the exit status is 1."""
     words = ["--data", str(tiny_data), "--weights", "nowhere.pth", "--rows", "omniad", "--minutes", "1",
              "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
-    assert evidence.launch(words) == 2
-    error = capsys.readouterr().err
-    assert "output.txt" in error and error.count("\n") == 1
+    assert evidence.launch(words) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED: " in printed and "nowhere.pth: no such file" in printed and printed.count("FAILED") == 1
     assert not list(tmp_path.glob("*.json"))
 
 
-def test_rows_that_are_not_there_are_refused(capsys):
-    """A wrong name ends in one line with the names."""
-    with pytest.raises(SystemExit):
-        evidence.main(["--rows", "onenipp"])
-    assert "choose from nearest-class" in capsys.readouterr().err
+@pytest.mark.parametrize("words, said", [
+    (("--rows", "onenipp"), "choose from nearest-class"), (("--seeds", "a"), "whole numbers"),
+    (("--jobs", "0"), "--jobs 0"), (("--minutes", "0"), "--minutes 0")])
+def test_wrong_options_are_refused(words, said, capsys):
+    """In one line, before anything runs."""
+    assert evidence.launch(words) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
 
 
 def test_spread():

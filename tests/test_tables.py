@@ -300,7 +300,7 @@ def test_two_processes_do_not_write_into_one_run(desk):
     assert desk.calls() == [] and not Path("runs").exists()
     folder = Path("runs/tables/runs/omniad-synth-seed0@abc")
     folder.mkdir(parents=True)
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / ".table.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = desk.run("omniad", "I")
         assert done.status == 1 and "another process" in done.out and desk.calls() == []
