@@ -746,10 +746,7 @@ def check(args):
     if args.table not in papers.TABLES[args.paper]:
         there = ", ".join(papers.TABLES[args.paper])
         raise UsageError(f"{args.paper} has no Table {args.table}; it has {there}")
-    seeds = args.seeds.split(",")
-    if not all(seed.isdecimal() for seed in seeds):
-        raise UsageError(f"--seeds {args.seeds}: must be whole numbers, such as 0,1,2")
-    args.seeds = list(dict.fromkeys(int(seed) for seed in seeds))
+    args.seeds = seeds_of(args.seeds)
     args.metrics = [name for name in args.metrics.split(",") if name]
     for name in args.metrics:
         if name not in COLUMNS:
@@ -759,6 +756,14 @@ def check(args):
     if args.out is None:
         data = Path(args.data).resolve().name
         args.out = Path("runs/tables") / f"{args.paper}-{args.table}-{data}"
+
+
+def seeds_of(text):
+    """0,1,2 -> [0, 1, 2], each once."""
+    seeds = text.split(",")
+    if not all(seed.isdecimal() for seed in seeds):
+        raise UsageError(f"--seeds {text}: must be whole numbers, such as 0,1,2")
+    return list(dict.fromkeys(int(seed) for seed in seeds))
 
 
 def check_words(args, rows):
@@ -865,6 +870,8 @@ def ended(name, main):
     except UsageError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # see `exit_with`
+        raise
     except OSError as error:
         print(f"{name}: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2

@@ -356,10 +356,7 @@ def check(args):
     for name in args.rows:
         if name not in ROWS:
             raise UsageError(f"--rows {name}: choose from {', '.join(ROWS)}")
-    seeds = args.seeds.split(",")
-    if not all(seed.isdecimal() for seed in seeds):
-        raise UsageError(f"--seeds {args.seeds}: must be whole numbers, such as 0,1,2")
-    args.seeds = [int(seed) for seed in seeds]
+    args.seeds = tables.seeds_of(args.seeds)
     for name in ("minutes", "jobs"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common import tables
 from common.options import exit_with
 
 PAGE = Path(__file__).resolve().parent / "labs.md"
@@ -199,7 +200,7 @@ def main(argv=None):
     parser.add_argument("--keep", action="store_true", help="do not run what was run there before")
     parser.add_argument("--write", action="store_true", help="put the numbers into the page")
     args = parser.parse_args(argv)
-    seeds = [int(seed) for seed in args.seeds.split(",")]
+    seeds = tables.seeds_of(args.seeds)
     out = Path(args.out).resolve()
     labs = read(PAGE.read_text())
     if args.lab is not None:
@@ -219,4 +220,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    exit_with(lambda: tables.ended("labs", main))

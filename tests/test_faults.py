@@ -279,6 +279,38 @@ def test_some_classes_with_and_some_without_test_images(tiny_data, tmp_path):
         runtime.training_data(runtime.Run("method", None, torch.device("cpu")), args)
 
 
+def test_a_threshold_that_cannot_be_written_is_no_result(tmp_path, monkeypatch):
+    """A disk that is full by then ends the run, before threshold.json says that all is there."""
+    args = parse("--data", good_only(tmp_path / "home", {"a": 3}), "--out", tmp_path / "run")
+    run = runtime.start(args, "method")
+    dataset, _ = runtime.training_data(run, args)
+    run.open(args)
+    state = {"method": "method", "args": {}, "model": {}, "finished": ["model"], "normal_score": -1.0, "seconds": 2.0}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runtime, "write_atomic", full)
+    with pytest.raises(OSError, match="No space left"):
+        thresholds.without_test_images(run, args, dataset, lambda batch, _: (batch[:, 0], batch[:, 0, 0, 0]), state)
+    assert not folder.is_finished(tmp_path / "run")
+
+
+def test_no_class_at_all_is_refused(tiny_data):
+    """As from two empty variables of a shell."""
+    with pytest.raises(UsageError, match="--classes ,: names no class; known: "):
+        data.load(str(tiny_data), classes=",")
+
+
+def test_an_interrupted_evaluation_is_not_to_be_resumed(tmp_path):
+    """It leaves a checkpoint where it fits a calibration anew; what is said of it must work."""
+    (tmp_path / "args.json").write_text(json.dumps({"eval": "c.pt"}))
+    (tmp_path / "checkpoint.pt").write_text("")
+    folder.take(tmp_path, parse("--out", tmp_path))
+    assert "--resume" not in folder.kept()
+    folder.release()
+
+
 def test_a_folder_of_good_images_is_trained_and_gets_its_threshold(tmp_path, capsys):
     """The 99 % quantile of the scores of the images held out, as numpy computes it; in the checkpoint, in
     threshold.json and scores.csv; the classes are not told to the scorer, as in --predict."""

@@ -1,6 +1,7 @@
 """Pictures for slides: every method's from a tiny run, the hero of four, and what is drawn is what the model has."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 import onenip
+from common import data
 from docs import figures
 
 BLOCKS = "--depths", "1,1,1,1", "--steps", 2
@@ -57,6 +59,16 @@ def test_pictures_of_a_run(method, finished, capsys):
     assert before == ((out / "metrics.json").read_bytes(), (out / "checkpoint.pt").read_bytes())
 
 
+def test_deep_images_are_shown_as_the_run_saw_them(tmp_path):
+    """12 bits in 16: scaled by the largest of the class's training images, not each by its own."""
+    path = tmp_path / "0.png"
+    Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(path)
+    args = SimpleNamespace(image_size=8, mask_rule="half")
+    sample = data.Sample(path, None, 0, "a", "", "")
+    chosen = figures.Chosen(figures.Found(args, None, None, {"a": 4095}), [sample])
+    assert (chosen.batch == round(1000 / 4095 * 255)).all()
+
+
 def test_attention_is_that_of_the_layer():
     """With one head, the weights times the values, projected, are what the layer gives; mask included."""
     torch.manual_seed(0)
@@ -89,10 +101,15 @@ def test_hero_is_not_chosen_by_hand():
 
 def test_bad_input(finished, tmp_path, capsys):
     out = str(finished("cada"))
+    nearest = tmp_path / "nearest"
+    nearest.mkdir()
+    torch.save({"method": "nearest", "args": {}, "model": {}, "finished": ["model"]}, nearest / "checkpoint.pt")
     cases = [
         ([str(tmp_path)], "no such checkpoint"),
         ([out, "--classes", "moon"], "--classes moon"),
         (["hero", str(tmp_path)], "no finished run"),
+        (["hero"], "folders of finished runs"),
+        ([str(nearest)], "no pictures for nearest"),
     ]
     for words, named in cases:
         assert figures.main(words) == 2

@@ -111,6 +111,7 @@ def test_bad_input(words, tiny_data, tmp_path, command):
         ((*words, "--image-size", 72), "--image-size 72"),
         ((*words, "--average", 2), "--average 2"),
         ((*checkpoint, "--predict", tiny_data), "--memory all"),
+        ((*checkpoint, "--average", 3), "--average 3: the memory"),
         ((*checkpoint, "--classes", "hex_nut"), "nothing is remembered of class 'hex_nut'"),
     ]
     for i, (case, named) in enumerate(cases):

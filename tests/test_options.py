@@ -215,6 +215,31 @@ def test_a_file_that_a_checkpoint_was_trained_with_is_gone(tmp_path):
         parse("--eval", path, "--predict", tmp_path)
 
 
+def test_a_run_whose_data_have_moved_is_resumed(tmp_path):
+    """What is gone must be named anew, and may then differ; what is still there may not."""
+    (tmp_path / "args.json").write_text(json.dumps({"data": str(tmp_path / "gone"), "preset": "laptop", "width": 3}))
+    with pytest.raises(UsageError, match="--data .*gone is not there now; name it anew"):
+        parse("--resume", "--out", tmp_path)
+    args = parse("--resume", "--out", tmp_path, "--data", tmp_path)
+    assert (args.data, args.width) == (str(tmp_path), 3)
+    with pytest.raises(UsageError, match="was started with --width 3"):
+        parse("--resume", "--out", tmp_path, "--data", tmp_path, "--width", 4)
+
+
+def test_the_default_folder_is_named_by_what_was_typed(tmp_path, monkeypatch):
+    """By a link's own name, also where --resume looks for it."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "photos", target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    assert parse("--data", "link").out == options._default_out({"data": "link"}) == os.path.join("runs", "method-link")
+
+
+@pytest.mark.parametrize("words", [("--corrupt", "contrast"), ("--shift", "all"), ("--save-maps",)])
+def test_what_prediction_does_not_do_is_refused(words, tmp_path):
+    with pytest.raises(UsageError, match=f"{words[0]} goes not with --predict"):
+        parse("--eval", checkpoint(tmp_path / "c.pt"), "--predict", tmp_path, *words)
+
+
 def test_an_option_younger_than_its_run_is_off(tmp_path):
     """A checkpoint and an interrupted run of before an option existed have its default, not what the preset says now:
     they must give the numbers that they gave."""

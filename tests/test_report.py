@@ -328,7 +328,7 @@ def test_threshold_option_moves_the_verdict(run, tmp_path):
     assert [row["verdict"] for row in read_predictions(run)] == ["defective", "good", "defective"]
     assert float(read_predictions(run)[2]["ratio"]) == pytest.approx((1 - 50 / 255) / 0.5)
     args.threshold = 0.0
-    report.predict(run, args, darkness, -1.0)
+    report.predict(run, args, darkness, 0.9)
     assert {(row["verdict"], row["ratio"]) for row in read_predictions(run)} == {("defective", "")}
 
 
