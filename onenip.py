@@ -17,7 +17,7 @@ features they were made from, and a supervised *refiner* sharpens the error of t
 Commands
     python onenip.py                           embedded data, small model, about five minutes on two cores:
                                                I-AUROC 87.1, P-AUROC 94.7, P-AP 45.1
-                                               (untrained: 56.1, 61.6, 4.9)
+                                               (untrained: 62.1, 59.3, 2.8)
     python onenip.py --data mvtec              the paper's model and schedule (1,000 epochs: a GPU)
     torchrun --nproc_per_node=8 onenip.py --data mvtec --batch-size 8     on 8 GPUs: 64 images a step
     python onenip.py --eval runs/onenip-mvtec/checkpoint.pt --corrupt brightness:3
@@ -34,7 +34,7 @@ Where this file differs from the paper (P) or from the authors' code (C), and wh
      --dice code|paper|smooth (C has no factor 2 and smooths by 1).
   4. c puts M̂ on the scale of S_rec; P has none. C takes (max + min)/2 of S_rec over the whole *test
      set*. Here over training images and pseudo-anomalies: nothing is learned from the test set;
-     --score-scale test is C, none is P.
+     --score-scale test is C (with --shift that of the clean images), none is P.
   5. Image score: P takes the maximum of S (--pool 1), C and default after a 16x16 average pooling.
   6. Prompt at test: P picks from a pool with one training image per class the one whose feature is
      most similar; C takes a random training image of the *true* class. Here P (no class label is
@@ -50,9 +50,9 @@ Where this file differs from the paper (P) or from the authors' code (C), and wh
  10. --init pca (neither P nor C, off in the paper preset): the first layer starts at the principal
      axes of the features and the last one takes back what it does, so that a short training need
      not learn to copy first.
- 11. --norm-power p (neither P nor C, off in the paper preset) multiplies Eq. 9 by (||F||₂ / t)^p, t
-     its mean over the prompts. Long features have large errors, normal or not; p < 0 takes some of
-     that back.
+ 11. --norm-power ρ (neither P nor C, off in the paper preset) multiplies Eq. 9 by
+     (max(||F||₂, t/1000) / t)^ρ, t the mean of ||F||₂ over the fixed prompts. Long features have
+     large errors, normal or not; ρ < 0 takes some of that back.
 
 Paper, MVTec, 224 px (v2 log in brackets): I-AUROC 97.9 (98.0), I-AP 99.3, P-AUROC 97.9 (97.9),
 P-AP 63.7 (63.9).
@@ -115,7 +115,9 @@ class Args(Options):
         choices=("step", "cosine"),
     )
     weight_decay: float = option(1e-4, "AdamW's weight decay", group="training", low=0.0)
-    clip: float = option(0.1, "largest norm of the gradient", group="training", low=0.0)
+    clip: float = option(
+        0.1, "largest norm of the gradient; 0: no limit", group="training", low=0.0
+    )
     jitter: float = option(
         20.0, "scale of the noise on training features", group="training", low=0.0
     )
@@ -984,10 +986,10 @@ def train(args, run, features, model, images, dataset):
     job.contents |= prompts_of_images(run, features, images, fixed)
     images_per_step = args.batch_size * run.world
     stream = Triplets(images, args, fixed, images_per_step, frozen.needs_images)
-    bank = None
-    if args.bank and stream.synthetic:
-        bank = Bank(args, run, features, stream)
     steps = args.steps or stream.steps(args.epochs)
+    bank = None
+    if args.bank and stream.synthetic and steps:
+        bank = Bank(args, run, features, stream)
     if args.init == "pca" and not job.resumed:
         model.start_at_axes(frozen(stream.first(64)))
 
@@ -1010,7 +1012,8 @@ def train(args, run, features, model, images, dataset):
             loss, parts = losses(parallel, normal, synthetic, prompt, mask, args)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), args.clip, foreach=True)
+        if args.clip > 0:
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip, foreach=True)
         optimizer.step()
         if args.eval_every and (step + 1) % stream.steps(args.eval_every) == 0:
             epoch = (step + 1) * images_per_step / len(images)
@@ -1039,8 +1042,7 @@ def training_statistics(args, run, frozen, features, model, stream, contents):
     for first in run.progress(range(0, count, args.batch_size), "training statistics"):
         last = min(first + args.batch_size, count)
         numbers = range(2**40 + first, 2**40 + last)  # of samples that training never reaches
-        items = [stream[number] for number in numbers]
-        batch = default_collate([item["normal"] for item in items])
+        batch = default_collate([stream.sample(stream.index(number)) for number in numbers])
         indices = batch["index"].tolist()
         p = None
         if encoded is not None:
@@ -1098,7 +1100,8 @@ def reconstruct(run, model, x, p, typical=1.0, power=0.0):
         reconstruction = model.decode(tokens, p).float()
         error = (reconstruction - x).norm(dim=1, keepdim=True)  # Eq. 9, not yet resized
         if power:
-            norm = x.norm(dim=1, keepdim=True).clamp(min=1e-3 * typical)  # (B, 1, h, w)
+            # (B, 1, h, w); not zero, for a power below 0
+            norm = x.norm(dim=1, keepdim=True).clamp(min=1e-3 * typical)
             error = error * (norm / typical) ** power
         logits = None
         if model.refiner is not None:
@@ -1237,7 +1240,8 @@ def scorer(args, run, features, model, state, dataset, images):
 def scale_of_test_set(args, run, score, dataset):
     """The authors' c: (max + min)/2 of S_rec over the whole test set (departure 4)."""
     samples = dataset.test[run.rank :: run.world]
-    images = data.Images(samples, args.image_size, corrupt=report.corruption(args))
+    corrupt = report.corruption(args)
+    images = data.Images(samples, args.image_size, corrupt=corrupt, depths=run.depths)
     extremes = []
     for first in run.progress(range(0, len(samples), args.batch_size), "scale on the test set"):
         part = samples[first : first + args.batch_size]
@@ -1259,8 +1263,7 @@ def main():
     state = run.checkpoint_to_evaluate(args)
     dataset, images = runtime.training_data(run, args)
     check_prompts(args, state, dataset)
-    if dataset and not dataset.test and args.score_scale == "test":
-        raise UsageError("--score-scale test needs test images, and --data has none: give train")
+    check_scale(args, state, dataset)
     features = run.rank0_first(Features, args.backbone, args.weights, args.image_size)
     run.place(features)
     torch.manual_seed(args.seed)  # initial weights: the same on every rank
@@ -1286,6 +1289,8 @@ def main():
         return thresholds.without_test_images(run, args, dataset, score, state)
 
     def accuracy():
+        if args.prompt == "none":
+            return {}
         return {"prompt selection accuracy": selection_accuracy(run, score, dataset.test)}
 
     report.evaluate(
@@ -1309,6 +1314,10 @@ def check(args):
         raise UsageError(f"--hidden {args.hidden}: must be a multiple of --heads and of 2")
     if args.predict and args.score_scale == "test":
         raise UsageError("--predict has no test set: give --score-scale train (or none)")
+    if args.predict and args.prompt != "none" and args.prompt_class == "given":
+        raise UsageError(
+            "--prompt-class given: the class of files for --predict is not known; give selected"
+        )
     if args.prompt_of and (args.prompt == "none" or args.prompt_test == "wrong"):
         raise UsageError("--prompt-of goes with neither --prompt none nor --prompt-test wrong")
     if args.predict and args.prompt != "none" and args.prompt_test != "fixed":
@@ -1350,6 +1359,20 @@ def check_prompts(args, state, dataset):
         )
 
 
+def check_scale(args, state, dataset):
+    """Whether there is a c (departure 4) for the errors as these options weigh them."""
+    if dataset and not dataset.test and args.score_scale == "test":
+        raise UsageError("--score-scale test needs test images, and --data has none: give train")
+    if not state or not args.refiner or args.score_scale != "train":
+        return
+    trained = state["args"].get("norm_power", 0.0)  # an older run had none
+    if args.norm_power != trained:
+        raise UsageError(
+            f"--norm-power {args.norm_power:g}: the checkpoint's scale c is of errors weighted with "
+            f"{trained:g}; leave that option out, or give --score-scale test or none"
+        )
+
+
 def classes_of_prompts(args, classes, dataset):
     """The classes whose prompts test images may get, of `classes`."""
     if args.prompt_of:
@@ -1361,6 +1384,8 @@ def classes_of_prompts(args, classes, dataset):
 
 def columns_of(args, score):
     """Of predictions.csv, besides path, score and ratio."""
+    if args.prompt == "none":
+        return {}
 
     def prompt(sample, value):
         return args.prompt_of or score.chosen[str(sample.image)]
@@ -1389,6 +1414,7 @@ def setting_of(args, features, model, state, dataset):
         "prompt": name_of_prompt(args, state, dataset),
         "textures": args.textures or "drawn by code",
         "weight of an error": name_of_power(args.norm_power),
+        "alpha": args.alpha if args.refiner else 0.0,
         "smoothing": "none",
         "image score": f"max after {args.pool}x{args.pool} average pooling",
         "scale c": args.score_scale,

@@ -567,7 +567,9 @@ NEED_TEST_IMAGES = (
     ("save_maps", None),
     ("contaminate", None),
     ("fix_threshold", None),
+    ("eval_every", None),
     ("class_at_test", "given"),
+    ("prompt_class", "given"),
     ("calibrate", "given"),
 )
 

@@ -258,13 +258,27 @@ def test_options_that_need_test_images(words, said, tmp_path):
 
 @pytest.mark.parametrize("script, words", [
     ("roads", ("--class-at-test", "given")), ("cada", ("--calibrate", "given")), ("cada", ("--contaminate", 0.2)),
-    ("cada", ("--fix-threshold", 0.2))])
+    ("cada", ("--fix-threshold", 0.2)), ("onenip", ("--eval-every", 1)), ("onenip", ("--prompt-class", "given"))])
 def test_options_of_one_script_that_need_test_images(script, words, tmp_path, command):
     """The threshold is found as --predict scores, which knows no class: refused before, not after the training."""
     home = good_only(tmp_path / "home", {"a": 2, "b": 2})
     done = command(script, "--data", home, *words, "--out", tmp_path / "out")
     assert done.status == 2 and f"{words[0]}" in done.err and "needs test images" in done.err
     assert done.err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script, small", [
+    ("onenip", "--hidden 32 --heads 2 --mlp 32 --bank 0"), ("omniad", "--depths 1,1,1,1 --tokens 4"),
+    ("cada", "--base uniad --hidden 16 --heads 2 --mlp 32 --layers 1 --calibrate none")])
+def test_clip_0_is_no_limit(script, small, tmp_path, command):
+    """And not a gradient of zero."""
+    home = good_only(tmp_path / "home", {"a": 3})
+    words = ("--data", home, "--image-size", 64, "--batch-size", 2, "--steps", 2, *small.split())
+    weights = []
+    for clip in (0, 1e30):
+        assert command(script, *words, "--clip", clip, "--out", tmp_path / str(clip)).status == 0
+        weights.append(torch.load(tmp_path / str(clip) / "checkpoint.pt", weights_only=True)["model"])
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
 
 
 def test_some_classes_with_and_some_without_test_images(tiny_data, tmp_path):

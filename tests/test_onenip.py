@@ -818,6 +818,7 @@ def test_every_ablation_runs(words, tiny_data, tmp_path, command, metrics_of):
     done = command("onenip", *small, *words, "--out", out)
     assert done.status == 0, done.err
     assert set(metrics_of(out)["classes"]) == {"screw", "capsule"}
+    assert ("prompt selection accuracy" in metrics_of(out)["setting"]) == ("none" not in words)
 
 
 def test_features_computed_on_the_fly_train_the_same_model(tiny_data, tmp_path, command):
@@ -926,6 +927,8 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
         (("--eval", checkpoint, "--predict", good, "--prompt-test", "random"), "--prompt-test fixed"),
         (("--eval", checkpoint, "--predict", good, "--prompt-seed", "1"), "--prompt-seed"),
         (("--eval", checkpoint, "--predict", good, "--norm-power", "1"), "--norm-power"),
+        (("--eval", checkpoint, "--predict", good, "--prompt-class", "given"), "--prompt-class"),
+        (("--eval", checkpoint, "--norm-power", "1"), "--score-scale"),
         (("--eval", checkpoint, "--prompt-test", "random", "--data", good), "no training images of capsule"),
         (("--eval", checkpoint, "--prompt-test", "random", "--classes", "screw"), "no training images of capsule"),
         (("--eval", checkpoint, "--prompt-of", "spoon"), "spoon"),
