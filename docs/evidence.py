@@ -71,12 +71,12 @@ ROWS = {
     "recontrast": row("ReContrast", f"{CADA} --base recontrast", 75, 80),
     "onenip": row("OneNIP", "onenip --image-size 224 --bank 4", 260, 220),
     "omniad": row("Omni-AD", "omniad --image-size 256", 75, 130),
-    "roads-0": row("ROADS-0, distillation alone", f"{ROADS} --no-prompts --no-adapter", 60, 330),
-    "roads-1": row("ROADS-1, adapter", f"{ROADS} --no-prompts", 50, 130),
-    "roads-1-mu0": row("the same, μ = 0", f"{ROADS} --no-prompts --mu 0", 50, 130),
+    "roads-0": row("ROADS-0, distillation alone", f"{ROADS} --no-prompts --no-adapter", 70, 330),
+    "roads-1": row("ROADS-1, adapter", f"{ROADS} --no-prompts", 55, 130),
+    "roads-1-mu0": row("the same, μ = 0", f"{ROADS} --no-prompts --mu 0", 55, 130),
     "roads-2": row("ROADS-2, prompts", f"{ROADS} --no-adapter", 50, 150),
     "roads-3": row("ROADS", ROADS, 40, 80),
-    "roads-in": row("ROADS, instance norm", f"{ROADS} --adapter instance-norm", 50, 140),
+    "roads-in": row("ROADS, instance norm", f"{ROADS} --adapter instance-norm", 40, 140),
 }
 CALIBRATION = ()  # options for the calibration of another script's maps: none but the preset's
 # By script, what the presets, made for EfficientNet-Lite0, have otherwise: reverse distillation's loss as in its
