@@ -42,6 +42,7 @@ class Pass:
     rows: list  # (path, class, label, score), in the data's order
     kept: list  # (path, sample, score, features, map, mask), same order; empty unless asked for
     vanished: int  # masks lost by resizing
+    seconds: float  # of scoring on this rank: model, map, smoothing, and the way to the host
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Batch:
     maps: np.ndarray  # (B, S, S)
     scores: np.ndarray  # (B,)
     features: np.ndarray | list  # (B, C), or B times None
+    seconds: float  # of scoring it
 
 
 def measure(run, args, dataset, score, *, corrupt=None, keep=False, described=None):
@@ -65,12 +67,13 @@ def measure(run, args, dataset, score, *, corrupt=None, keep=False, described=No
     images = _images(run, args, samples, corrupt)
     expected = len(dataset.test) * args.image_size ** 2
     accumulator = metrics.Accumulator(expected_pixels=expected)
-    rows, kept = [], []
+    rows, kept, seconds = [], [], 0.0
     title = "{}, severity {}".format(*corrupt) if corrupt else "evaluation"
     function = described if keep and described else score
     for batch in _scored(run, args, images, function, title):
         masks = [images.mask(batch.first + i).numpy() for i in range(len(batch.samples))]
         _accumulate(accumulator, batch, masks)
+        seconds += batch.seconds
         for sample, value in zip(batch.samples, batch.scores):
             rows.append((str(sample.image), sample.cls, sample.label, float(value)))
         if keep:
@@ -78,7 +81,7 @@ def measure(run, args, dataset, score, *, corrupt=None, keep=False, described=No
     rep = metrics.reduce(accumulator)
     rows = _in_order(run.gather(rows), dataset.test)
     kept = _in_order(run.gather(kept), dataset.test)
-    return Pass(rep, rows, kept, vanished=sum(run.gather([images.vanished])))
+    return Pass(rep, rows, kept, vanished=sum(run.gather([images.vanished])), seconds=seconds)
 
 
 def _images(run, args, samples, corrupt=None):
@@ -96,10 +99,12 @@ def _scored(run, args, images, score, title):
     loader = run.loader(images, indices, args.workers)
     for first, batch in zip(starts, run.progress(loader, title, len(starts))):
         samples = images.samples[first:first + len(batch)]
+        began = time.monotonic()
         batch = run.to_device(batch)
         maps, scores, *features = score(batch, samples)
         features = _numpy(features[0]) if features else [None] * len(samples)
-        yield Batch(first, samples, _numpy(maps), _numpy(scores), features)
+        maps, scores = _numpy(maps), _numpy(scores)
+        yield Batch(first, samples, maps, scores, features, time.monotonic() - began)
 
 
 def _numpy(tensor):
@@ -211,7 +216,8 @@ def _result(run, args, dataset, found, setting, seconds, paper, compare):
         result["error_bounds"] = found.rep["error_bounds"]
     if compare:
         result["compare"] = {name: _three_views(rep) for name, rep in compare.items()}
-    result |= {"paper": paper, "images": len(found.rows), "seconds": {"train": round(seconds, 1)},
+    times = {"train": round(seconds, 1), "score": round(found.seconds, 2)}
+    result |= {"paper": paper, "images": len(found.rows), "seconds": times,
                "versions": runtime.environment(), "seed": args.seed, "commit": current_commit()}
     if run.speed:  # a model was trained, not only evaluated
         result["speed"] = run.speed

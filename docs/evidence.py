@@ -17,6 +17,8 @@ docs/results/DATA-TEACHER.json, a list with one record for each model, seed and 
     classes                     {class: the same}
     shift                       {condition: {"mean", "mixed"}}, where it was asked
     parameters, seconds         of the model that is trained; of its training
+    ms                          of one test image on one thread, from its pixels to its score (there only
+                                where the run has it)
 """
 
 import argparse
@@ -184,6 +186,7 @@ def records(model, results):
             "command": " ".join(["python", *anonymous(model)]),
             "parameters": trained["setting"].get("parameters", 0),
             "seconds": trained["seconds"]["train"],
+            "ms": ms_of_an_image(trained),
             "mean": per_cent(result["mean"]),
             "mixed": per_cent(result["mixed"]),
             "classes": {name: per_cent(part) for name, part in result["classes"].items()},
@@ -205,6 +208,12 @@ def anonymous(model):
     hidden = {model.args.data: "FOLDER", model.args.weights: "FILE"}
     words = [hidden.get(word, word) for word in model.words()]
     return [*tables.program(model.row.script), *words]
+
+
+def ms_of_an_image(result):
+    """metrics.json -> milliseconds of scoring one test image; None: an older run did not take them."""
+    seconds = result["seconds"].get("score")
+    return None if seconds is None else round(1000 * seconds / result["images"], 1)
 
 
 def per_cent(values):
@@ -278,9 +287,10 @@ def by_row(found):
 
 
 def main_table(found):
-    """Every row, plain and calibrated: the four metrics of the mean over classes, and the pool."""
+    """Every row, plain and calibrated: the four metrics of the mean over classes, and the pool;
+    what it costs."""
     heads = ["row", "seeds", *(papers.QUALITY[metric] for metric in METRICS)]
-    heads += ["pool", "pool, CADA", "pool, CaDA-A", "I-AUROC, CADA"]
+    heads += ["pool", "pool, CADA", "pool, CaDA-A", "I-AUROC, CADA", "million parameters", "ms an image"]
     rows = []
     for title, of_row in by_row(found):
         of = {}
@@ -290,6 +300,8 @@ def main_table(found):
         cells += [spread([r["mean"][metric] for r in of["none"]]) for metric in METRICS]
         cells += [spread([r["mixed"]["i_auroc"] for r in records]) for records in of.values()]
         cells.append(spread([r["mean"]["i_auroc"] for r in of["cada"]]))
+        cells.append(f"{of_row[0]['parameters'] / 1e6:.1f}" if of_row[0]["parameters"] else "-")
+        cells.append(spread([r.get("ms") for r in of["none"]]))
         rows.append(cells)
     return grid(heads, rows)
 

@@ -16,7 +16,7 @@ Commands
                                                     minute, I-AUROC 87.5, P-AUROC 92.1; mixed 78.6
     python -m docs.nearest --memory all             the same as one detector for all classes
     python -m docs.nearest --average 3 --data FOLDER        your images, in MVTec layout. Five real
-                                                    classes (README): I-AUROC 87.9, P-AUROC 94.5,
+                                                    classes (docs/measured.md): I-AUROC 87.9, P-AUROC 94.5,
                                                     P-AP 50.3; mixed 82.6
 
 The table's last two lines are the "mixed" problem: inside a class the scores order good and defective

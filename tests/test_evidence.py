@@ -43,7 +43,7 @@ def test_rows_are_trained_asked_and_kept(small, tiny_data, tmp_path, capsys):
     kinds = [(record["row"], record["calibration"]) for record in found]
     assert kinds == [(row, name) for row in ("revdist", "omniad") for name in ("cada", "given", "none")]
     for record in found:
-        assert record["steps"] == 2 and record["parameters"] > 0 and record["classes"]
+        assert record["steps"] == 2 and record["parameters"] > 0 and record["ms"] > 0 and record["classes"]
         assert "--data FOLDER" in record["command"] and str(tmp_path) not in file.read_text()
         assert set(evidence.METRICS) <= set(record["mean"])
     assert [len(record.get("shift", ())) for record in found] == [0, 0, 0, 0, 0, 4]

@@ -51,6 +51,7 @@ def test_evaluation_is_the_metrics_of_the_maps(run, tiny_data):
         assert result[part] == expected[part]
     assert result == json.loads((run.out / "metrics.json").read_text())
     assert result["setting"]["accuracy"] == 0.5 and result["seconds"]["train"] == 1.5
+    assert 0 < result["seconds"]["score"] <= result["seconds"]["evaluate"] + 0.06  # both rounded
     rows = list(csv.reader(open(run.out / "scores.csv")))
     assert rows[0] == ["path", "class", "label", "score"]
     assert [row[0] for row in rows[1:]] == [str(s.image) for s in dataset.test]
