@@ -2,9 +2,9 @@
 
 Triton exists on Linux only. Elsewhere `triton` is None here, the kernels are never compiled, and
 the plain PyTorch path does all the work. Where it exists it can still fail (no C compiler, an old
-driver, a card without bf16), so before "auto" uses a kernel it runs a tiny example on this card,
-once per operation, dtype and process; if that fails, one line on stderr says so, and PyTorch does
-the work.
+driver, a card without bf16, or with too little shared memory for a wide map), so before "auto" uses
+a kernel it runs a tiny example on this card, once per operation, dtype, what a program's memory
+depends on, and process; if that fails, one line on stderr says so, and PyTorch does the work.
 """
 
 import functools
@@ -40,7 +40,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ("auto", "triton", "torch")
 RESULTS = Path(__file__).parent / "results"  # what `python -m kernels.check` found, a file per card
 _default = "auto"
-_trials = {}  # operation -> function (device, dtype) that raises if the kernel does not work there
+_trials = {}  # operation -> function (device, dtype, *sizes) that raises if the kernel fails there
 
 
 def set_backend(name):
@@ -55,12 +55,13 @@ def set_backend(name):
     _default = name
 
 
-def use_triton(backend, operation, tensor, unsupported=None, shape=""):
+def use_triton(backend, operation, tensor, unsupported=None, shape="", sizes=()):
     """True if `operation` on `tensor` shall run the Triton kernel, False for plain PyTorch.
 
     unsupported: what the kernel cannot do with these arguments, or None; then "auto" takes
     PyTorch. shape: names the sizes; "auto" takes PyTorch for those where `kernels.check` saw the
-    kernel lose. Raises ValueError for an unknown backend or if Triton was asked for and the kernel
+    kernel lose or fail. sizes: numbers on which depends whether the kernel fits the card, for its
+    trial. Raises ValueError for an unknown backend or if Triton was asked for and the kernel
     cannot do it, and RuntimeError if Triton was asked for and cannot run here.
     """
     if backend not in BACKENDS:
@@ -73,7 +74,8 @@ def use_triton(backend, operation, tensor, unsupported=None, shape=""):
         if not HAS_TRITON or unsupported or not on_gpu(tensor):
             return False
         row = f"{operation} {shape} {dtype_name(tensor.dtype)}"
-        return works(operation, tensor.device, tensor.dtype) and not lost(row, tensor.device)
+        tried = works(operation, tensor.device, tensor.dtype, sizes)
+        return tried and not lost(row, tensor.device)
     if not HAS_TRITON:
         raise RuntimeError(
             'backend "triton" needs the triton package (Linux only); use "auto" or "torch"'
@@ -103,8 +105,8 @@ def dtype_name(dtype):
 
 
 def trial(operation):
-    """Decorator of a function (device, dtype) that tries an operation's kernels, forward and
-    backward, on a tiny example, and raises if they fail or compute something wrong."""
+    """Decorator of a function (device, dtype, *sizes) that tries an operation's kernels, forward
+    and backward, on a tiny example, and raises if they fail or compute something wrong."""
 
     def register(function):
         _trials[operation] = function
@@ -132,18 +134,18 @@ def _constant(function):
 
 
 @_constant
-def works(operation, device, dtype):
+def works(operation, device, dtype, sizes=()):
     """True if the operation's kernels pass their trial on this device, which is run once."""
-    return _works(operation, device, dtype)
+    return _works(operation, device, dtype, sizes)
 
 
 @functools.cache
-def _works(operation, device, dtype):
+def _works(operation, device, dtype, sizes):
     """True if the operation's kernels pass their trial; if not, one line on stderr, the first
     time."""
     try:
         with torch.inference_mode(False), torch.enable_grad(), no_autocast(device):
-            _trials[operation](device, dtype)
+            _trials[operation](device, dtype, *sizes)
     except Exception as error:  # whatever it is, PyTorch can still do the work
         reason = str(error).strip().splitlines() or [""]
         print(
@@ -177,21 +179,22 @@ def compare(ours, expected, dtype):
 
 @_constant
 def lost(row, device):
-    """True if PyTorch is faster in this row on this device; the file is read once."""
+    """True if PyTorch is better in this row on this device; the file is read once."""
     return row in _lost(device)
 
 
 @functools.cache
 def _lost(device):
     """The rows, "operation shape dtype", for which `kernels.check` on such a card saw PyTorch
-    win."""
+    win, or the kernel compute something wrong, or fail."""
     if device.type != "cuda":
         return frozenset()
     file = results_file(torch.cuda.get_device_name(device))
     if not file.exists():
         return frozenset()
     rows = json.loads(file.read_text())["rows"]
-    return frozenset(row["row"] for row in rows if row["verdict"] == "slower")
+    worse = ("slower", "wrong", "fails")
+    return frozenset(row["row"] for row in rows if row["verdict"] in worse)
 
 
 def results_file(card):

@@ -167,7 +167,7 @@ def _map_reads(queries, memory, norm_q, norm_m, to_q, to_k, to_v, to_out, heads,
 def tokens_read(tokens, x, eps, backend="auto"):
     """softmax(tokens z^T) z with z = standardise(x); tokens (B, R, C), x (B, M, C) -> (B, R, C)."""
     shape = f"tokens{tokens.shape[1]}x{x.shape[1]}x{x.shape[2]}"
-    if _use_triton(backend, tokens, x, shape):
+    if _use_triton(backend, tokens, x, shape, heads=0):
         return _TokensRead.apply(autocast(tokens)[0], x, eps)
     return tokens_read_torch(tokens, x, eps)
 
@@ -179,14 +179,14 @@ def map_reads(x, keys, bias, values, out_bias, heads, eps, backend="auto"):
     C).
     """
     shape = f"map{x.shape[1]}x{keys.shape[1]}x{x.shape[2]}"
-    if _use_triton(backend, keys, x, shape):
+    if _use_triton(backend, keys, x, shape, heads):
         keys, values = autocast(keys, values)
         return _MapReads.apply(x, keys, bias.float(), values, out_bias.float(), heads, eps)
     return map_reads_torch(x, keys, bias, values, out_bias, heads, eps)
 
 
-def _use_triton(backend, tokens, x, shape):
-    """True if the kernels shall run, see `backend.use_triton`."""
+def _use_triton(backend, tokens, x, shape, heads):
+    """True if the kernels shall run, see `backend.use_triton`. heads: 0 where the tokens read."""
     unsupported = None
     if not {tokens.dtype, x.dtype} <= {torch.float32, torch.float16, torch.bfloat16}:
         unsupported = f"few_token_attention takes float32, float16 or bfloat16, got {x.dtype}"
@@ -197,7 +197,9 @@ def _use_triton(backend, tokens, x, shape):
             f"few_token_attention in {tokens.dtype} takes maps of width 8 to {widest}, "
             f"got {x.shape[2]}"
         )
-    return use_triton(backend, "few_token_attention", tokens, unsupported, shape)
+    # a program holds a block of positions and, where the map reads, all tokens of a head
+    sizes = (x.shape[2], tokens.shape[1] // heads if heads else 0)
+    return use_triton(backend, "few_token_attention", tokens, unsupported, shape, sizes)
 
 
 def standardise(x, eps):
@@ -664,16 +666,22 @@ class _MapReads(torch.autograd.Function):
 
 
 @trial("few_token_attention")
-def _trial(device, dtype):
-    """Both directions, output and gradients, against the PyTorch path."""
-    shapes = [(1, 6, 24), (1, 40, 24), (1, 6, 24), (1, 6), (24,)]
+def _trial(device, dtype, width, per_head):
+    """Maps of this width that read so many tokens in each of two heads, or, with 0, that are read
+    by tokens: output and gradients, against the PyTorch path."""
+    rows = 2 * per_head or 6
+    shapes = [(1, rows, width), (1, 40, width), (1, rows, width), (1, rows), (width,)]
     tokens, x, values, bias, out_bias = trial_tensors(shapes, device, dtype)
-    upstream = x.detach().flip(1)
-    results = {"triton": [], "torch": []}
-    for backend, found in results.items():
-        out = tokens_read(tokens, x, 1e-5, backend)
-        found += [out, *torch.autograd.grad(out, (tokens, x), upstream[:, :6])]
-        inputs = (x, tokens, bias, values, out_bias)
-        out = map_reads(*inputs, 2, 1e-5, backend)
-        found += [out, *torch.autograd.grad(out, inputs, upstream)]
+    with torch.no_grad():
+        tokens *= width**-0.5  # else a softmax over products of many channels has one entry
+    results = {}
+    for backend in ("triton", "torch"):
+        if per_head:
+            inputs = (x, tokens, bias, values, out_bias)
+            out = map_reads(*inputs, 2, 1e-5, backend)
+        else:
+            inputs = (tokens, x)
+            out = tokens_read(*inputs, 1e-5, backend)
+        upstream = out.detach().flip(1)
+        results[backend] = [out, *torch.autograd.grad(out, inputs, upstream)]
     compare(results["triton"], results["torch"], dtype)

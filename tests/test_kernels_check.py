@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import backend, bench, check, cross_attention
+from kernels import backend, bench, check, cross_attention, few_tokens
 from kernels.backend import HAS_TRITON, compare
 from kernels.cross_attention import split
 
@@ -64,8 +64,11 @@ def test_auto_survives_a_kernel_that_is_wrong(card, monkeypatch, capsys):
 
 
 def test_auto_takes_pytorch_where_the_kernel_lost(card, monkeypatch, tmp_path):
-    """A file of `kernels.check` for this card decides for the rows that it calls slower, and for no others."""
+    """A file of `kernels.check` for this card decides for the rows that it calls slower, wrong or failing, and for no
+    others."""
     rows = [{"row": "cross_attention 8x10x64x32 float32", "verdict": "slower"},
+            {"row": "cross_attention 8x11x64x32 float32", "verdict": "wrong"},
+            {"row": "cross_attention 8x12x64x32 float32", "verdict": "fails"},
             {"row": "cross_attention 8x64x10x32 float32", "verdict": "faster"}]
     (tmp_path / "Some-GPU.json").write_text(json.dumps({"machine": {}, "rows": rows}))
     monkeypatch.setattr(backend, "RESULTS", tmp_path)
@@ -76,7 +79,26 @@ def test_auto_takes_pytorch_where_the_kernel_lost(card, monkeypatch, tmp_path):
         dtype, device = torch.float32, torch.device("cuda", 0)
 
     use = functools.partial(backend.use_triton, "auto", "cross_attention", OnCuda, None)
-    assert not use("8x10x64x32") and use("8x64x10x32") and use("8x99x10x32")
+    assert not use("8x10x64x32") and not use("8x11x64x32") and not use("8x12x64x32")
+    assert use("8x64x10x32") and use("8x99x10x32")
+
+
+def test_auto_tries_the_sizes_that_will_run(card, monkeypatch, capsys):
+    """Whether a program fits the card depends on the width of the map and on the tokens of a head: where these do not
+    fit, PyTorch does the work, and the kernel keeps all others."""
+    def trial(device, dtype, width, per_head):
+        if width * per_head > 1000:
+            raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setitem(backend._trials, "few_token_attention", trial)
+
+    def runs(width, tokens, heads):
+        x, folded = torch.zeros(1, 40, width), torch.zeros(1, tokens * heads, width)
+        return few_tokens._use_triton("auto", folded.bfloat16(), x.bfloat16(), "", heads)
+
+    assert runs(64, 10, 2) and runs(512, 1, 4) and not runs(512, 10, 4)
+    error = capsys.readouterr().err
+    assert error.count("out of resource") == error.count("\n") == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -176,7 +198,7 @@ def test_rows_are_named_as_auto_names_them(monkeypatch):
     """The rows of `kernels.check` are those that "auto" looks up: every case asks for exactly its own row."""
     asked = []
 
-    def spy(backend, operation, tensor, unsupported=None, shape=""):
+    def spy(backend, operation, tensor, unsupported=None, shape="", sizes=()):
         asked.append(f"{operation} {shape} {str(tensor.dtype)[6:]}")
         return False
 

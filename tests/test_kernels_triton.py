@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from kernels import cosine_loss, cosine_map, cross_attention, few_token_attention
-from kernels.backend import INTERPRET, HAS_TRITON
+from kernels.backend import INTERPRET, HAS_TRITON, _trials
 from kernels.few_tokens import map_reads, tokens_read
 
 pytestmark = [] if INTERPRET else [pytest.mark.gpu]
@@ -542,6 +542,15 @@ class RestorationBlock(nn.Module):
 
 
 BLOCKS = [(OmniBlock, (2, 32, 8, 8)), (PromptBlock, (2, 64, 7, 7)), (RestorationBlock, (2, 32, 7, 7))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_trials_pass(dtype):
+    """What "auto" tries before it trusts a kernel, at the sizes of ROADS's presets: a right kernel passes."""
+    for operation in ("cosine", "cross_attention"):
+        _trials[operation](torch.device(DEVICE), dtype)
+    for width, per_head in ((24, 0), (24, 10), (40, 10)) if dtype == torch.float32 else ((112, 5), (512, 0), (512, 10)):
+        _trials["few_token_attention"](torch.device(DEVICE), dtype, width, per_head)
 
 
 @pytest.mark.parametrize("block, shape", BLOCKS)
