@@ -21,6 +21,7 @@ normalisation gives nearly four times that). It converts its input itself, so ev
 """
 
 import hashlib
+import http.client
 import importlib.util
 import math
 import os
@@ -360,7 +361,7 @@ def build(name, weights=None, stages=None, frozen=True, full=False, prefix=""):
         net.weights_note = "random"
     else:
         if weights is not None:
-            path = Path(weights).expanduser()
+            path = Path(os.path.expanduser(weights))  # an unknown ~name stays as it is
             if not path.is_file():
                 raise UsageError(f"--{prefix}weights {weights}: no such file")
             net.weights_note = f"{path.name}, sha256 {_sha256(path)[:8]}"
@@ -479,8 +480,8 @@ def _official_file(name, prefix):
             socket.setdefaulttimeout(30)  # behind a silent firewall: an answer, not minutes of waiting
             # checks the hash, and moves the file to its place only when it is whole
             torch.hub.download_url_to_file(url, str(path), digits, progress=sys.stderr.isatty())
-        except (OSError, RuntimeError) as error:
-            reason = f"{type(error).__name__}: {error}"
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
         finally:
             socket.setdefaulttimeout(timeout)
     if dist.is_available() and dist.is_initialized():
@@ -510,7 +511,8 @@ def _load(net, path):
         raise UsageError(f"{path}: torch.load cannot read it as a checkpoint ({type(error).__name__})") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UsageError(f"{path}: not a state dict (names with tensors)")
     state = {key.removeprefix("module."): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if not key.startswith(tuple(net.not_built))}

@@ -157,5 +157,6 @@ def _is_ours(path):
 def _sweep(folder):
     """Delete what killed processes left half written."""
     for path in folder.glob(".*.tmp"):
-        if time.time() - path.stat().st_mtime > 3600:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another process may sweep, too
+            if time.time() - path.stat().st_mtime > 3600:
+                path.unlink()

@@ -44,7 +44,6 @@ import hashlib
 import os
 import shutil
 import sys
-import time
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -123,7 +122,7 @@ def load(name, root=None, classes=None, need_test=True):
     """
     root = Path(root or os.environ.get("AD_DATA") or "data")
     parts = name.split("+")
-    if Path(name).is_dir():  # a folder may have a + in its name
+    if os.path.isdir(name):  # a folder may have a + in its name
         parts = [name]
     notes = layouts.Notes()
     try:
@@ -132,8 +131,11 @@ def load(name, root=None, classes=None, need_test=True):
         unique = _unique_names(sources)
         chosen = _chosen(classes, list(unique.values()), name)
         dataset = Dataset("+".join(source.name for source in sources), root)
+        above = {source.folder.absolute().parent for source in sources}
         if len(sources) == 1:
             dataset.root = sources[0].folder
+        elif len(above) == 1:
+            dataset.root = above.pop()
         for source in sources:
             _add_source(dataset, source, unique, chosen, need_test, notes)
         _note_copies(dataset, notes)
@@ -476,16 +478,13 @@ class Images(torch.utils.data.Dataset):
 
 
 def states(paths):
-    """[path, size, time of change] of each file; None if one is gone or was written just now."""
+    """[path, `files.state`] of each file; None if one is gone or was written just now."""
     found = []
     for path in paths:
-        try:
-            status = os.stat(path)
-        except OSError:
+        state = files.state(path)
+        if state is None:
             return None
-        if time.time_ns() - status.st_mtime_ns < 2e9:
-            return None
-        found.append([os.path.abspath(path), status.st_size, status.st_mtime_ns])
+        found.append([os.path.abspath(path), *state])
     return found
 
 
@@ -594,6 +593,10 @@ def _note_facts(sample, image, masks, notes):
         return
     marks = {mask["marks"] for mask in masks}
     mask_place = f"{sample.cls}: {sample.mask}"
+    if any(mask["frames"] > 1 for mask in masks):
+        notes.add("masks of several pages, of which only the first is used", mask_place)
+    if any(mask["narrowed"] for mask in masks):
+        notes.add("masks in 16-bit colour, in which values below 256 count as 0", mask_place)
     if marks == {"none"}:
         notes.add("masks that mark nothing, though their images are defective", mask_place)
     elif "some" not in marks:
@@ -604,7 +607,7 @@ def _note_facts(sample, image, masks, notes):
 
 def _in_threads(function, items, title, progress, workers=0):
     """Yield function(item) of each item, in order, computed in threads. Whoever stops listening stops the threads."""
-    pool = ThreadPoolExecutor(workers or os.cpu_count())  # threads: Pillow decodes without the GIL
+    pool = ThreadPoolExecutor(workers or options.cores())  # threads: Pillow decodes without the GIL
     try:
         results = pool.map(function, items)
         yield from tqdm(results, title, len(items), delay=1, disable=None if progress else True)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import PIL
 from PIL import Image, UnidentifiedImageError
 
 from common import UsageError, layouts
@@ -26,6 +27,19 @@ Image.MAX_IMAGE_PIXELS = None
 RANGES = (255, 1023, 4095, 16383, 65535)
 
 _HEAD = 12  # bytes at the end of a file that are looked at
+
+_FORMAT = 2  # of the facts that are remembered: a higher one where `inspect` says something else
+
+# orientation of a TIFF (its tag 274) -> what undoes Pillow's turning
+_UNDONE_BY = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
 # ------------------------------------------------------------------------------------------------- pixels
@@ -41,6 +55,7 @@ def read_image(path, top=None):
     negative or beyond 16 bits.
     """
     with _opened(path, "image") as image:
+        image = _as_stored(image)
         if is_deep(image.mode):
             values = _deep_values(image)
             if top is None:
@@ -72,10 +87,10 @@ def is_deep(mode):
 def range_of(largest):
     """The range that grey values of more than 8 bits are meant for, from the largest of them.
 
-    1 for floats in 0..1, otherwise the smallest of RANGES that holds it: a 12-bit camera in 16-bit files gives 4095.
-    Raises ValueError beyond 65535 and for NaN.
+    1 for floats in 0..1, which resizing may have brought a little beyond, otherwise the smallest of RANGES that holds
+    it: a 12-bit camera in 16-bit files gives 4095. Raises ValueError beyond 65535 and for NaN.
     """
-    if isinstance(largest, (float, np.floating)) and largest <= 1:
+    if isinstance(largest, (float, np.floating)) and largest < 2:  # floats in 0..255 never end below 2
         return 1
     for top in RANGES:
         if largest <= top:
@@ -113,7 +128,7 @@ def read_mask(path):
     path = Path(path)
     if not path.is_dir():
         with _opened(path, "mask") as image:
-            return _defective(image)
+            return _defective(_as_stored(image))
     parts = [read_mask(file) for file in layouts.images_in(path)]
     if len({part.shape for part in parts}) != 1:
         raise UsageError(f"{path}: the masks in it must have one size, that of their image")
@@ -122,17 +137,36 @@ def read_mask(path):
 
 def _defective(image):
     """The mask (H, W) in an opened file."""
-    if image.mode in ("1", "L") or is_deep(image.mode):
+    opaque = image.mode in ("1", "L") and "transparency" not in image.info
+    if opaque or is_deep(image.mode):
         return np.asarray(image) > 0
     values = np.asarray(image.convert("RGBA"))  # (H, W, 4)
     return values[..., :3].any(axis=-1) & (values[..., 3] > 0)
+
+
+def _as_stored(image):
+    """An opened image as its pixels lie in the file, whatever orientation it names: so Pillow reads all formats but
+    TIFF, which it turns when it decodes."""
+    if image.format != "TIFF":
+        return image
+    undone_by = _UNDONE_BY.get(image.tag_v2.get(274))  # decoding deletes the tag
+    return image if undone_by is None else image.transpose(undone_by)
+
+
+def _stored_size(image):
+    """[width, height] of an opened image as it is stored. Some versions of Pillow give a TIFF its turned size."""
+    if image.format == "TIFF":
+        return [image.tag_v2[256], image.tag_v2[257]]
+    return list(image.size)
 
 
 @contextlib.contextmanager
 def _opened(path, kind):
     """A file opened by Pillow; whatever goes wrong inside the `with` becomes a `UsageError` that names the file."""
     try:
-        with Image.open(path) as image:
+        # by its name Pillow would map an uncompressed file into memory, and a TIFF that is turned by a
+        # quarter with the wrong width
+        with open(path, "rb") as file, Image.open(file) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ValueError(f"{width}x{height} are {width * height / 1e6:.0f} megapixels, more than "
@@ -169,7 +203,7 @@ def inspect(path, kind="image"):
     """
     with _opened(path, kind) as image:
         facts = {
-            "size": list(image.size),
+            "size": _stored_size(image),
             "format": image.format,
             "mode": image.mode,
             "frames": getattr(image, "n_frames", 1),
@@ -215,7 +249,9 @@ def _seems_cut(path, image):
         return length < 8 + int.from_bytes(head[4:8], "little")
     if image.format == "BMP":
         return length < int.from_bytes(head[2:6], "little")
-    return image.format == "TIFF" and _strips_end(image) > length
+    if image.format == "TIFF":
+        return _strips_end(image) > length
+    return True  # of other formats only decoding tells
 
 
 def _strips_end(image):
@@ -228,8 +264,23 @@ def _strips_end(image):
     return end
 
 
+def state(path):
+    """What changes with a file's content: [size, time of writing, time of any change, inode]; None if the file is gone
+    or was written a moment ago, when it may change again without a new time.
+
+    Time of writing and size alone do not do: unpackers set the time, and renaming one file over another keeps it.
+    """
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    if time.time_ns() - status.st_mtime_ns < 2e9:
+        return None
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
 class Memory:
-    """Facts about files, remembered from run to run: they hold as long as size and time of the file do.
+    """Facts about files, remembered from run to run: they hold as long as the file's state does, see `state`.
 
     They lie in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache), in a file per data set. Where that cannot be
     written, or is damaged, everything is simply looked at again.
@@ -240,24 +291,20 @@ class Memory:
         self.known, self.new = {}, {}
         try:
             known = json.loads(self.file.read_text())
-            self.known = {key: entry for key, entry in known.items() if len(entry) == 3}
-        except (OSError, ValueError, TypeError, AttributeError):
+            self.known = {key: entry for key, entry in known.items() if isinstance(entry["facts"], dict)}
+        except (OSError, ValueError, TypeError, AttributeError, LookupError):
             pass
 
     def recall(self, path, kind, look):
         """look(path) -> dict, or what it returned when the file was the same. Errors are not remembered."""
-        key = f"{kind} {os.path.abspath(path)}"
-        try:
-            status = os.stat(path)
-        except OSError:
-            return look(path)
-        size, changed, facts = self.known.get(key, (None, None, None))
-        if (size, changed) == (status.st_size, status.st_mtime_ns):
-            return facts
+        key = f"{_FORMAT} {PIL.__version__} {kind} {os.path.abspath(path)}"
+        found = state(path)
+        entry = self.known.get(key)
+        if found and entry and entry["state"] == found:
+            return entry["facts"]
         facts = look(path)
-        # A file that was written a moment ago may change again without a new time.
-        if time.time_ns() - status.st_mtime_ns > 2e9:
-            self.new[key] = status.st_size, status.st_mtime_ns, facts
+        if found:
+            self.new[key] = {"state": found, "facts": facts}
         return facts
 
     def save(self):

@@ -159,11 +159,12 @@ def _name(path):
 
 
 def _child(folder, names):
-    """The folder in `folder` that is called like one of the plain names; None if there is none."""
-    for path in folders(folder):
-        if _plain(path.name) in names:
-            return path
-    return None
+    """The folder in `folder` that is called like one of the plain names; None if there is none. Raises `UsageError` if
+    there are two."""
+    found = [path for path in folders(folder) if _plain(path.name) in names]
+    if len(found) > 1:
+        raise UsageError(f"{folder} has both {found[0].name} and {found[1].name}: put their images into one of them")
+    return found[0] if found else None
 
 
 def name_of(folder):
@@ -254,9 +255,10 @@ def find(part, root):
     if part == "synth":
         from common import synth  # here, since nobody else needs the drawing code
 
-        return _own(synth.ensure(root))
+        is_drawing = (root / synth.MARKER).is_file()
+        return _own(root if is_drawing else synth.ensure(root))
     for folder in (Path(part), root / part):
-        if part and folder.is_dir():
+        if part and os.path.isdir(folder):
             return _own(folder)
     known = ", ".join(BENCHMARKS)
     raise UsageError(f"--data: '{part}' is neither a folder nor one of synth, {known}")
@@ -549,7 +551,7 @@ def _open_visa(folder, notes):
         lacking = {"object", "split", "label", "image", "mask"} - set(rows.fieldnames or ())
         if lacking:
             raise UsageError(f"{split_file}: no column '{min(lacking)}'; unpack the data set again")
-        for row in rows:
+        for row in _rows(rows):
             if not _sound(row):
                 raise UsageError(f"{split_file}: line {rows.line_num} is damaged; "
                                  "unpack the data set again")
@@ -558,6 +560,14 @@ def _open_visa(folder, notes):
             entry = row["split"], defect, folder / row["image"], mask
             entries[row["object"]].append(entry)
     return {cls: partial(_read_list, split_file, entries[cls]) for cls in entries}
+
+
+def _rows(rows):
+    """The lines of a table; one that the csv module cannot take apart is empty."""
+    try:
+        yield from rows
+    except csv.Error:  # a stray quote swallows the lines after it
+        yield dict.fromkeys(rows.fieldnames)
 
 
 def _sound(row):

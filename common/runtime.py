@@ -1285,9 +1285,9 @@ def _lost_a_process(error):
 def _message_of(error):
     """What to tell the user who can mend it; None if the fault is ours."""
     if isinstance(error, UsageError):
-        # one from inside a loader process arrives with its traceback as text: the message is its
-        # last line
-        return str(error).strip().split("\n")[-1].removeprefix("common.UsageError: ")
+        # one from inside a loader process arrives with its traceback as text, before the message
+        message = str(error).strip().rsplit("common.UsageError: ", 1)[-1]
+        return message.replace("\n", "\\n")  # a file's name may hold one
     if _lost_a_process(error):
         return "another process of this run has ended"
     if isinstance(error, torch.OutOfMemoryError):

@@ -1084,20 +1084,40 @@ def draw(folder, train=40, test_good=10, test_bad=15, size=256, seed=0, progress
     tasks = pictures(train, test_good, test_bad)
     if found(folder, wanted, tasks):
         return folder
+    outdated = folder.exists()
+    if outdated:
+        check_replaceable(folder)
     try:
         with workplace(folder) as work:
             draw_all(work, tasks, seed, size, f"drawing {folder}", progress)
             marker = dict(version=VERSION, **wanted)
             (work / MARKER).write_text(json.dumps(marker))
             if not found(folder, wanted, tasks):  # unless another process was faster
-                if folder.exists():
+                if outdated:
                     shutil.rmtree(folder)
-                work.rename(folder)
+                replace(work, folder, wanted, tasks)
     except (OSError, BrokenProcessPool) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"cannot draw the embedded data into {folder}: {reason}; "
                          "free some space or name another folder") from error
     return folder
+
+
+def check_replaceable(folder):
+    """Raise UsageError if an outdated drawing holds something that is not part of it."""
+    for path in sorted(folder.iterdir()):
+        if path.name not in CLASSES and path.name != MARKER and not path.name.startswith("."):
+            raise UsageError(f"{folder}: must be drawn again, but {path.name} is not part of the drawing; "
+                             "move it elsewhere")
+
+
+def replace(work, folder, wanted, tasks):
+    """Rename `work` to `folder`, unless another process has just done so."""
+    try:
+        work.rename(folder)
+    except OSError:
+        if not found(folder, wanted, tasks):
+            raise
 
 
 def check(wanted):
@@ -1124,9 +1144,10 @@ def workplace(folder):
     """A temporary folder beside `folder`, gone at the end unless it was renamed; those of killed drawings go too."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f".{folder.name}-drawing-*"):
-        # `draw_all` shows a sign of life at every picture
-        if time.time() - left.stat().st_mtime > 600:
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it may just have been renamed
+            # `draw_all` shows a sign of life at every picture
+            if time.time() - left.stat().st_mtime > 600:
+                shutil.rmtree(left, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-drawing-", dir=folder.parent))
     try:
         work.chmod(0o755)  # mkdtemp makes it private

@@ -119,7 +119,7 @@ def _check(teachers, students):
 
 def _size(size):
     """(H, W) of the map, from one int or a pair of them; ValueError for anything else."""
-    pair = (size, size) if isinstance(size, int) else tuple(size)
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
         raise ValueError(f"cosine_map: size {size!r}: one positive int, or two (height, width)")
     return pair

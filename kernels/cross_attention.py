@@ -246,7 +246,8 @@ def _dropout_keep(weights, dropout_p, seed):
     bits = torch.empty((n + 3) // 4, dtype=torch.int64, device=weights.device)
     generator = torch.Generator(weights.device).manual_seed(int(seed))
     bits.random_(-(2**63), None, generator=generator)
-    keep = bits.view(torch.int16)[:n] >= round(dropout_p * 65536) - 32768
+    dropped = min(round(dropout_p * 65536), 65535)  # of 65536: so many int16 lie below the threshold
+    keep = bits.view(torch.int16)[:n] >= dropped - 32768
     return keep.view(weights.shape)
 
 

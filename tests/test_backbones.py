@@ -8,8 +8,10 @@ EfficientNet-Lite0, whose real weights come with pip.
 import hashlib
 import os
 import pickle
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -305,6 +307,7 @@ def test_files_that_do_not_fit(tmp_path):
         "other": (backbones.build("efficientnet_b4", "random").state_dict(), "missing: bn1.bias"),
         "list": ([torch.zeros(1)], "not a state dict"),
         "nested": ({"a": {"b": torch.zeros(1)}}, "not a state dict"),
+        "numbers": ({0: torch.zeros(1)}, "not a state dict"),
     }
     for kind, (content, message) in cases.items():
         torch.save(content, tmp_path / f"{kind}.pth")
@@ -362,13 +365,27 @@ def test_download_then_cache(server, monkeypatch):
         backbones.build("resnet18")
 
 
+def no_http_server():
+    """The port of a server that answers one call with something that is no HTTP."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def answer():
+        with listening, listening.accept()[0] as connection:
+            connection.recv(4096)
+            connection.sendall(b"hello\r\n")
+
+    threading.Thread(target=answer, daemon=True).start()
+    return listening.getsockname()[1]
+
+
 def test_wrong_hash_and_no_network(server, monkeypatch):
     """Protects against wrong files and random weights: both end in one line with the file, the address and ways out."""
     served, cached, _ = server
     with open(served, "ab") as file:
         file.write(b"!")
     closed = "http://127.0.0.1:9/" + served.name  # nothing listens on the discard port
-    for address, reason in ((served.as_uri(), "invalid hash"), (closed, "URLError")):
+    odd = f"http://127.0.0.1:{no_http_server()}/{served.name}"
+    for address, reason in ((served.as_uri(), "invalid hash"), (closed, "URLError"), (odd, "BadStatusLine")):
         monkeypatch.setitem(backbones.OFFICIAL, "resnet18", address)
         with pytest.raises(UsageError, match=reason) as error:
             backbones.build("resnet18")

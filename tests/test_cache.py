@@ -87,6 +87,16 @@ def test_what_decides_the_bits_is_part_of_the_key(home, monkeypatch):
     path.write_bytes(next(home.rglob("hex_nut/train/good/*.png")).read_bytes())
     os.utime(path, (1e9, 1e9 + 1))
     assert is_computed()
+    first, second = sorted(home.rglob("screw/train/good/*.png"))[:2]  # swap them; they have one time
+    size = max(path.stat().st_size for path in (first, second))
+    for path in (first, second):
+        path.write_bytes(path.read_bytes().ljust(size, b" "))  # and one size
+        os.utime(path, (1e9, 1e9))
+    assert is_computed()
+    first.rename(home / "other")
+    second.rename(first)
+    (home / "other").rename(second)
+    assert is_computed()
     with monkeypatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 7)
         assert is_computed()

@@ -201,6 +201,7 @@ def test_visa_csv_oddities(visa):
     (lambda rows: [row[:4] for row in rows], "no column 'mask'"),
     (lambda rows: [], "no column"),
     (lambda rows: rows + [("pcb1", "valid", "normal", "a.JPG", "")], "line 16 is damaged"),
+    (lambda rows: rows + [("pcb1", "test", "normal", "x" * 200_000, "")], "is damaged"),
     (lambda rows: rows + [("pcb1", "test")], "line 16 is damaged"),
     (lambda rows: rows + [("pcb1", "test", "normal", "pcb1/lost.JPG", "")], "pcb1/lost.JPG); unpack"),
     (lambda rows: rows + [("pcb1", "test", *rows[1][2:])], "for training and for testing"),
@@ -307,6 +308,15 @@ def test_joined(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(alone, joined))
 
 
+def test_joined_folders_of_any_place(tmp_path, monkeypatch):
+    """Protects the cache of features, which lies in the folder that holds them all; and many folders, whose names
+    together are longer than a path may be."""
+    monkeypatch.chdir(fill_class(tmp_path / "elsewhere/nut").parent)
+    places = [fill_class(tmp_path / f"all/{i:02d}-{'x' * 100}" / "nut").parent for i in range(40)]
+    ds = data.load("+".join(map(str, places)))
+    assert ds.root == tmp_path / "all" and len(ds.classes) == 40
+
+
 def test_folder_of_ones_own(tmp_path, monkeypatch):
     """Protects the ways to name a folder, and what is noted about it instead of refused."""
     root = tmp_path / "a+b"
@@ -349,6 +359,9 @@ def test_synth_is_drawn_when_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(synth, "ensure", lambda root: fill_class(root / "synth" / "nut").parent)
     ds = data.load("synth", tmp_path)
     assert (ds.name, ds.classes, len(ds.train), ds.problems) == ("synth", ["nut"], 3, [])
+    (tmp_path / "synth" / synth.MARKER).touch()  # the root may also be the data set itself
+    assert data.load("synth", tmp_path / "synth").root == tmp_path / "synth"
+    assert not (tmp_path / "synth" / "synth").exists()
 
 
 def test_missing_data_says_what_to_do(tmp_path):
@@ -484,10 +497,21 @@ def test_transparent_palettes_keep_their_colours(tmp_path):
 
 
 def test_exif_orientation_is_ignored(tmp_path):
-    """Protects the match of image and mask: both are read as stored."""
-    exif = Image.Exif()
-    exif[0x0112] = 6  # "turn by a quarter to display"
-    assert data.read_image(save(tmp_path / "a.jpg", noise(12, 16), exif=exif)).shape == (12, 16, 3)
+    """Protects the match of image and mask: both are read as stored, in formats that Pillow turns, too."""
+    grey = noise(12, 16, 1)[..., 0]
+    grey[0, 0] = 255
+    deep = grey.astype(np.uint16) * 257
+    for orientation in range(1, 9):  # 6: "turn by a quarter to display"
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        assert data.read_image(save(tmp_path / "a.jpg", noise(12, 16), exif=exif)).shape == (12, 16, 3)
+        for name, pixels in (("a.png", grey), ("a.webp", noise(12, 16)), ("a.tif", grey), ("deep.tif", deep)):
+            path = save(tmp_path / name, pixels, exif=exif)
+            assert files.inspect(path)["size"] == [16, 12]
+            if name != "a.webp":  # whose pixels are not kept exactly
+                np.testing.assert_array_equal(data.read_image(path)[..., 0], grey)
+        mask = save(tmp_path / "mask.tif", mask_of(), exif=exif)
+        np.testing.assert_array_equal(data.read_mask(mask), mask_of() > 0)
 
 
 def test_every_mask_is_larger_than_zero(tmp_path):
@@ -502,9 +526,11 @@ def test_every_mask_is_larger_than_zero(tmp_path):
     cases = {"255.png": mask_of(), "1.png": mask_of(1), "bits.png": truth, "16.png": mask_of(3).astype(np.uint16),
              "rgb.png": np.dstack([mask_of(0), mask_of(0), mask_of(2)]), "white_first.png": white_first,
              "labels.png": label_colours, "paper.png": paper, "la.png": np.dstack([mask_of(1), mask_of(0) + 255]),
-             "bmp.bmp": mask_of(), "float.tif": mask_of().astype(np.float32) / 1e4}
+             "bmp.bmp": mask_of(), "float.tif": mask_of().astype(np.float32) / 1e4,
+             "white paper.png": np.where(truth, 9, 255).astype(np.uint8)}
     for name, pixels in cases.items():
-        mask = data.read_mask(save(tmp_path / name, pixels))
+        options = {"transparency": 255} if name.startswith("white paper") else {}
+        mask = data.read_mask(save(tmp_path / name, pixels, **options))
         assert mask.dtype == bool
         np.testing.assert_array_equal(mask, truth, err_msg=name)
 
@@ -738,7 +764,7 @@ def test_check_counts_the_other_files(tmp_path):
     assert sum("problem: " in line for line in data.summary(ds).splitlines()) == 3
 
 
-@pytest.mark.parametrize("name", ["png", "jpg", "bmp", "webp", "tif", "rgba.bmp", "progressive.jpg"])
+@pytest.mark.parametrize("name", ["png", "jpg", "bmp", "webp", "tif", "rgba.bmp", "progressive.jpg", "gif", "tga"])
 def test_check_finds_what_was_cut_off(tmp_path, name):
     """Protects from half an image: files are found that lack their end, wherever they were cut; whole ones pass."""
     pixels = noise(64, 64, 4 if name == "rgba.bmp" else 3)
@@ -801,6 +827,18 @@ def test_check_names_what_is_odd(tmp_path, monkeypatch):
     assert data.check(ds, progress=False) == expected and ds.problems == expected  # told once
 
 
+def test_check_names_masks_that_lose_something(tmp_path):
+    """Protects defects: pages of a mask that nobody reads, and 16-bit colours that Pillow makes 0."""
+    ds = data.load(str(fill_class(tmp_path / "set/nut").parent))
+    masks = tmp_path / "set/nut/ground_truth/hole"
+    pages = [Image.fromarray(mask_of()) for _ in range(2)]
+    pages[0].save(masks / "000_mask.png", format="TIFF", save_all=True, append_images=pages[1:])
+    sixteen_bit_rgb(masks / "001_mask.png", np.full((12, 16, 3), 700, np.uint16))
+    assert data.check(ds, progress=False) == [
+        f"masks of several pages, of which only the first is used: 1 (nut: {masks}/000_mask.png)",
+        f"masks in 16-bit colour, in which values below 256 count as 0: 1 (nut: {masks}/001_mask.png)"]
+
+
 def count_looks(monkeypatch):
     """The list that every path is appended to when its file is really looked at."""
     looked, inspect = [], files.inspect
@@ -833,10 +871,13 @@ def test_check_remembers(tmp_path, monkeypatch, own_cache):
     for _ in range(2):
         with pytest.raises(UsageError):
             data.check(ds, progress=False)
-    (own_cache / "anomaly-detection/set.json").write_text('{"damaged": 3}')
     save(ds.test[0].image, noise())
-    looked.clear()
-    assert data.check(ds, progress=False) == [] and len(looked) == 9
+    known = own_cache / "anomaly-detection/set.json"
+    of_before = {key: [12, 34, None] for key in json.loads(known.read_text())}
+    for damaged in ({"damaged": 3}, of_before):
+        known.write_text(json.dumps(damaged))
+        looked.clear()
+        assert data.check(ds, progress=False) == [] and len(looked) == 9
 
 
 @pytest.mark.parametrize("cache", ["file", "missing", "relative"])
@@ -898,7 +939,8 @@ def deep_class(folder, *largest, kind=np.uint16, suffix="png"):
 @pytest.mark.parametrize("largest, kind, suffix, top", [
     ((200, 255), np.int32, "tif", 255), ((100, 256), np.uint16, "png", 1023), ((50, 4095), np.uint16, "png", 4095),
     ((4080, 3000), np.uint16, "tif", 4095), ((9000, 20), np.uint16, "png", 16383),
-    ((255, 65535), np.int32, "tif", 65535), ((0.5, 1.0), np.float32, "tif", 1), ((0.5, 1.5), np.float32, "tif", 255),
+    ((255, 65535), np.int32, "tif", 65535), ((0.5, 1.0), np.float32, "tif", 1), ((0.5, 2.5), np.float32, "tif", 255),
+    ((0.5, 1.0001), np.float32, "tif", 1),
     ((3000.0, 10), np.float32, "tif", 4095)])
 def test_depth_is_found_on_a_class(tmp_path, largest, kind, suffix, top):
     """Protects grey levels: the brightest training image of a class decides for all, none becomes black, and 256 levels

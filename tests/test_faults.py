@@ -462,6 +462,14 @@ def test_a_slow_process_is_waited_for(monkeypatch):
     assert [batch["index"].tolist() for batch in batches_of("slow")] == [[0, 1], [2, 3], [4, 5]]
 
 
+def test_a_file_name_of_two_lines_is_told_in_one():
+    """With its folder, also where the error comes from a loader process, as the text of its traceback."""
+    told = "cannot read the image good/a\nb.png: the file is empty"
+    from_process = f"Caught UsageError in DataLoader worker process 0.\nTraceback:\ncommon.UsageError: {told}\n"
+    for text in told, from_process:
+        assert runtime._message_of(UsageError(text)) == told.replace("\n", "\\n")
+
+
 def test_other_errors_of_a_process_keep_their_kind(monkeypatch):
     with pytest.raises(FileNotFoundError, match="gone.png"):
         batches_of("missing")

@@ -82,6 +82,8 @@ def test_dropout_is_reproducible_and_unbiased():
     """torch.manual_seed governs the mask; one call costs one draw of the global generator (so that runs resume to
     the same bits); the dropped fraction is dropout_p; and the mean over many masks is the output without dropout."""
     q, k, v = (heads(1, 4, 100, 8, torch.float32).detach() for _ in range(3))
+    nearly_all = cross_attention(q, k, v, dropout_p=1 - 1e-6)  # rounded to 65535 / 65536
+    assert (nearly_all == 0).float().mean() > 0.9
     torch.manual_seed(5)
     first, second = (cross_attention(q, k, v, dropout_p=0.25) for _ in range(2))
     after = torch.rand(1)
@@ -275,6 +277,8 @@ def test_half_precision_features():
         (dict(size=0), "size 0: one positive int"),
         (dict(size=(8, 8, 8)), r"size \(8, 8, 8\): one positive int"),
         (dict(size=(8, 0.5)), r"size \(8, 0.5\): one positive int"),
+        (dict(size=8.5), "size 8.5: one positive int"),
+        (dict(size=None), "size None: one positive int"),
     ],
 )
 def test_map_refuses(change, message):

@@ -93,6 +93,15 @@ def test_splits_and_mask_folders_in_any_case(tmp_path):
     assert [s.mask.name for s in ds.test if s.label] == ["000_Mask.PNG", "001_Mask.PNG"] and ds.problems == []
 
 
+@pytest.mark.parametrize("more", ["Training/good", "testing/hole"])
+def test_two_folders_for_one_split_are_refused(tmp_path, more):
+    """Protects from images that vanish: which of the two is meant, only the user knows."""
+    fill(tmp_path / "nut")
+    save(tmp_path / "nut" / more / "9.png")
+    with pytest.raises(UsageError, match="has both .*: put their images into one of them"):
+        data.load(str(tmp_path))
+
+
 def test_what_has_no_label_is_left_out_and_named(tmp_path):
     """Protects from guessed labels: images beside the folders that tell them, or in a third split (MVTec LOCO)."""
     fill(tmp_path / "nut")

@@ -2,6 +2,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -136,6 +137,30 @@ def test_nothing_of_the_users_is_overwritten(drawing, tmp_path):
     assert (tmp_path / "synth" / "screw" / "mine.png").read_bytes() == b"mine"
     with pytest.raises(UsageError, match="--size"):
         synth.ensure(tmp_path / "new", **{**TINY, "size": 8})
+    mine = drawing / "my_nut/train/good/0.png"  # in a drawing of which a picture is missing
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    (drawing / "screw/train/good/001.png").unlink()
+    with pytest.raises(UsageError, match="my_nut is not part of the drawing; move it elsewhere"):
+        synth.ensure(drawing.parent, **TINY)
+    assert mine.read_bytes() == b"mine"
+
+
+def test_two_first_drawings(drawing, tmp_path, monkeypatch):
+    """The one that ends second uses the first one's, and leaves it as it is."""
+    def draw_all(work, *others):
+        if not (tmp_path / "synth").exists():
+            shutil.copytree(drawing, tmp_path / "synth")
+            (tmp_path / "synth" / ".features").mkdir()
+        shutil.copytree(drawing, work, dirs_exist_ok=True)
+
+    found = synth.found
+    monkeypatch.setattr(synth, "draw_all", draw_all)
+    # the first one appears just after the second has looked
+    answers = iter([False, False])
+    monkeypatch.setattr(synth, "found", lambda *all: next(answers, None) is None and found(*all))
+    assert synth.ensure(tmp_path, **TINY) == tmp_path / "synth"
+    assert (tmp_path / "synth" / ".features").is_dir() and [p.name for p in tmp_path.iterdir()] == ["synth"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the patched writer reaches the drawing processes only by fork")
