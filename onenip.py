@@ -15,7 +15,7 @@ features they were made from, and a supervised *refiner* sharpens the error of t
       map S = (1 - α) S_rec + α c M̂, α = 0.5, c: 4. below;   image score: 5. below        (Eq. 10)
 
 Commands
-    python onenip.py                           embedded data, small model, about five minutes on two cores:
+    python onenip.py                           embedded data, small model, about four minutes on two cores:
                                                I-AUROC 87.1, P-AUROC 94.7, P-AP 45.1
                                                (untrained: 62.1, 59.3, 2.8)
     python onenip.py --data mvtec              the paper's model and schedule (1,000 epochs: a GPU)

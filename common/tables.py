@@ -52,7 +52,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent
 COLUMNS = papers.QUALITY | papers.COSTS
 
 # Of a training with the laptop preset, on the embedded data and two cores: the scripts' docstrings.
-MINUTES = {"onenip": 5, "omniad": 4, "roads": 3, "cada": 2}
+MINUTES = {"onenip": 4, "omniad": 4, "roads": 3, "cada": 2}
 
 # Options of the scripts that leave a result as it is: runs with others of them are reused.
 FREE = ("data_root", "cache", "device", "workers", "log_every", "checkpoint_every")
