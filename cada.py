@@ -70,8 +70,9 @@ Where this file differs from the paper (P), which has no public code, or from it
      plain background these are small and their direction is mostly noise, which no decoder rebuilds: without a weight
      it outshines the object.
  10. Masks by the rule "any" in the paper's preset, since C has them so.
- 11. Reported in addition: the correlation of the expected γ̂ and the image's own γ inside a class. A head that followed
-     the image instead of its class would cancel anomalies; near 0 is right.
+ 11. Reported in addition: the correlation of the expected γ̂ and the image's own γ inside a class. 0 is a head that knows
+     the class alone. One that follows the image might cancel anomalies; on seven real classes it helps, since good
+     images of one class differ, too (docs/measured.md).
 
 Paper, MVTec AD, RevDist + CADA (without), 256 px: mean I-AUROC 98.2 (97.8), P-AUROC 96.1 (96.4); all classes in one
 pool 98.0 (85.0) and 95.6 (94.5).
