@@ -70,7 +70,7 @@ Where this file differs from the paper (P), which has no public code, or from it
      plain background these are small and their direction is mostly noise, which no decoder rebuilds: without a weight
      it outshines the object.
  10. Masks by the rule "any" in the paper's preset, since C has them so.
- 11. Reported in addition: the correlation of the expected γ̂ and the image's own γ inside a class. 0 is a head that knows
+ 11. Reported in addition: the correlation of the expected γ̂ and the image's own γ inside a class; 0 if the head knows
      the class alone. One that follows the image might cancel anomalies; on seven real classes it helps, since good
      images of one class differ, too (docs/measured.md).
 
