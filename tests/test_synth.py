@@ -137,12 +137,13 @@ def test_nothing_of_the_users_is_overwritten(drawing, tmp_path):
     assert (tmp_path / "synth" / "screw" / "mine.png").read_bytes() == b"mine"
     with pytest.raises(UsageError, match="--size"):
         synth.ensure(tmp_path / "new", **{**TINY, "size": 8})
-    mine = drawing / "my_nut/train/good/0.png"  # in a drawing of which a picture is missing
+    copy = shutil.copytree(drawing, tmp_path / "copy" / "synth")
+    mine = copy / "my_nut/train/good/0.png"  # in a drawing of which a picture is missing
     mine.parent.mkdir(parents=True)
     mine.write_bytes(b"mine")
-    (drawing / "screw/train/good/001.png").unlink()
+    (copy / "screw/train/good/001.png").unlink()
     with pytest.raises(UsageError, match="my_nut is not part of the drawing; move it elsewhere"):
-        synth.ensure(drawing.parent, **TINY)
+        synth.ensure(copy.parent, **TINY)
     assert mine.read_bytes() == b"mine"
 
 
