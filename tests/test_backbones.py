@@ -412,7 +412,8 @@ torch.hub.download_url_to_file = lambda *a, **k: (calls.append(a), download(*a, 
 if os.environ["LOCAL_RANK"] == "0":
     time.sleep(1)
 fe = backbones.build("resnet18")
-print("rank", os.environ["LOCAL_RANK"], "downloads", len(calls), flush=True)
+line = "rank " + os.environ["LOCAL_RANK"] + " downloads " + str(len(calls)) + os.linesep
+os.write(1, line.encode())  # at once: both processes write to one pipe
 torch.distributed.destroy_process_group()
 """)
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
