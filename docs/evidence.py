@@ -17,8 +17,8 @@ docs/results/DATA-TEACHER.json, a list with one record for each model, seed and 
     classes                     {class: the same}
     shift                       {condition: {"mean", "mixed"}}, where it was asked
     parameters, seconds         of the model that is trained; of its training
-    ms                          of one test image on one thread, from its pixels to its score (there only
-                                where the run has it)
+    ms                          of one test image on one thread, from its pixels to its score; null, or not
+                                there, where an older run did not take it
 """
 
 import argparse

@@ -134,7 +134,7 @@ def _constant(function):
 
 
 @_constant
-def works(operation, device, dtype, sizes=()):
+def works(operation, device, dtype, sizes):
     """True if the operation's kernels pass their trial on this device, which is run once."""
     return _works(operation, device, dtype, sizes)
 

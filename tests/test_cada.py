@@ -922,7 +922,7 @@ def test_base_run_settles_preset_and_folder(tmp_path, monkeypatch):
     """They follow from the data of the run whose maps are calibrated, and so do the options that cannot differ."""
     monkeypatch.setattr(sys, "argv", ["cada.py"])
     (tmp_path / "args.json").write_text(json.dumps(
-        {"data": "mvtec", "classes": "", "image_size": 224, "mask_rule": "any", "data_root": "/root/of/data"}))
+        {"data": "mvtec", "classes": "", "image_size": 224, "mask_rule": "any", "data_root": "/place/of/data"}))
 
     def parse(*words):
         argv = ["--base-run", str(tmp_path), *map(str, words)]
@@ -930,7 +930,7 @@ def test_base_run_settles_preset_and_folder(tmp_path, monkeypatch):
 
     args = parse()
     assert (args.preset, args.out, args.calibration_steps) == ("paper", str(Path("runs", "cada-mvtec")), 5000)
-    assert (args.data, args.image_size, args.data_root) == ("mvtec", 224, "/root/of/data")
+    assert (args.data, args.image_size, args.data_root) == ("mvtec", 224, "/place/of/data")
     assert parse("--data", "mvtec", "--data-root", tmp_path).data_root == str(tmp_path)
     for words in (("--data", "visa"), ("--classes", "pcb1"), ("--image-size", 320), ("--mask-rule", "half")):
         with pytest.raises(UsageError, match=f"{words[0]} .*leave that option out"):
