@@ -26,9 +26,9 @@ expected of an image (Eq. 2). How the head is trained: `train_calibration`. How 
 three detectors of others, to be read when their turn comes: `RevDist` first.
 
 Commands
-    python cada.py                               embedded data, small model, about two minutes on two CPU cores:
-                                                 I-AUROC 88.4 as mean over classes, 87.7 in one pool (89.5 and 74.1
-                                                 without calibration)
+    python cada.py                               embedded data, small model, about three minutes on one core:
+                                                 I-AUROC 87.1 as mean over classes, 86.9 in one pool (88.0 and 73.9
+                                                 without calibration; three seeds, README)
     python cada.py --base uniad                  another base (--base uniad --help shows the values of that base)
     python cada.py --data mvtec                  the paper's model and schedule (5,000 + 5,000 steps: a GPU)
     torchrun --nproc_per_node=8 cada.py --data mvtec --batch-size 2 --calibration-batch 2
@@ -59,7 +59,8 @@ Where this file differs from the paper (P), which has no public code, or from it
   5. (u, σ), --statistic std: the head predicts û and σ̂; u + 3σ stands for γ in loss and calibration, as P's text says.
   6. RevDist and ReContrast: flattened cosine per image as in C, not per location as in reverse distillation's paper
      (--cosine location). No GELU ends RevDist's stages where the backbone's maps have negative values (EfficientNet).
-     ReContrast follows C (amsgrad, eps 1e-10, encoder's batch norm in evaluation mode).
+     ReContrast follows C's newest script (amsgrad, eps 1e-10: steadier; when P was written it had neither), encoder's
+     batch norm in evaluation mode.
      UniAD's map is the mean over channels of the squared error, resized with corners not aligned, as in C (Dinomaly's
      evaluation of UniAD); UniAD's own code takes the norm, with corners aligned.
   7. Learning rate x 0.2 at 80 % of the steps from C (UniAD: x 0.1, and its clipping at 0.1, from UniAD's code).
@@ -83,7 +84,6 @@ import csv
 import dataclasses
 import json
 import math
-import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,6 +269,7 @@ class Args(Options):
         group="training",
         choices=("flat", "location"),
     )
+    # of this group, and not of "scoring": it changes M, so u and γ, so stage 2 must be done again
     norm_power: float = option(
         0.0,
         "a distance on the map counts by the magnitude of the teacher's features there, to this "
@@ -378,6 +379,7 @@ from torch import nn
 
 import kernels
 from common import backbones, data, metrics, options, papers, pictures, report, runtime, thresholds
+from common.folder import read_json
 from common.maps import gaussian_window, image_score, name_of_power, name_of_rule
 
 # ------------------------------------------------------------------------------------- calibration
@@ -410,7 +412,7 @@ def class_statistics(u, gamma, label, classes, statistic):
     rows = []
     for c in range(len(classes)):
         u_of_class, gamma_of_class = u[label == c], gamma[label == c]
-        u_c, gamma_c = u_of_class.mean(), gamma_of_class.mean()
+        u_c, gamma_c = u_of_class.mean(), gamma_of_class.mean()  # of Eq. 1
         if statistic == "std":
             sigma = (gamma_of_class - u_of_class) / 3  # of each image, about its own mean
             variance = sigma.square().mean() + u_of_class.var(correction=0)
@@ -427,7 +429,8 @@ def regression_loss(u_hat, gamma_hat, u, gamma, alpha):
 
 
 def calibrate(maps, u_hat, gamma_hat, floor=1e-6):
-    """Eq. 5: maps (B, S, S), û and γ̂ (B,) -> (M - û) / (γ̂ - û). With a class's statistics: Eq. 1.
+    """Eq. 5: maps (B, S, S), û and γ̂ (B,) -> (M - û) / (γ̂ - û). With those of Eq. 1: CaDA-A
+    and CaDA-B.
 
     floor: γ̂ - û is at least this.
     """
@@ -450,9 +453,11 @@ class Head(nn.Module):
         self.spatial = nn.Sequential()
         for _ in range(convolutions):
             self.spatial.append(head_convolution(channels, args.head_kernel))
-        self.norm, self.gain = nn.Identity(), 1.0
+        self.norm = nn.Identity()
+        self.gain = 1.0
         if convolutions == 0:  # normalised features of squared norm 1, not C
-            self.norm, self.gain = nn.BatchNorm1d(channels, affine=False), channels**-0.5
+            self.norm = nn.BatchNorm1d(channels, affine=False)
+            self.gain = channels**-0.5
         widths = [channels] + [256] * (linears - 1) + [outputs]
         layers = []
         for c_in, c_out in zip(widths, widths[1:]):
@@ -539,9 +544,9 @@ def expected(out, statistic):
 WIDEN = {"resnet50": 1, "wide_resnet50_2": 2}
 
 
-def shrink(c_in, c_out):
+def halving(c_in, c_out):
     """3x3 convolution of stride 2, batch norm, ReLU."""
-    layer = nn.Conv2d(c_in, c_out, 3, 2, 1, bias=False)
+    layer = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False)
     return nn.Sequential(layer, nn.BatchNorm2d(c_out), nn.ReLU())
 
 
@@ -552,8 +557,8 @@ class Neck(nn.Module):
     def __init__(self, channels, depth, widen):
         super().__init__()
         c1, c2, c3 = channels
-        self.path1 = nn.Sequential(shrink(c1, c2), shrink(c2, c3))
-        self.path2 = shrink(c2, c3)
+        self.path1 = nn.Sequential(halving(c1, c2), halving(c2, c3))
+        self.path2 = halving(c2, c3)
         self.blocks = nn.Sequential()
         for i in range(depth):
             c_in, stride = (3 * c3, 2) if i == 0 else (2 * c3, 1)
@@ -610,7 +615,7 @@ class UpBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """φ -> f̂1, f̂2, f̂3, of the shapes of f1, f2, f3. signed: whether these have negative values."""
+    """φ -> f̂1, f̂2, f̂3, of the shapes of f1, f2, f3. signed: these may have negative values."""
 
     def __init__(self, channels, depths, widen, signed):
         super().__init__()
@@ -809,6 +814,7 @@ class Attention(nn.Module):
         k = self.split_heads(self.to_k(key))
         v = self.split_heads(self.to_v(value))
         dropout = self.dropout if self.training else 0.0
+        # softmax(Q Kᵀ/√d) V, the window masked
         out = kernels.cross_attention(q, k, v, window=window, dropout_p=dropout)
         return self.to_out(out.transpose(1, 2).flatten(2))  # (B, heads, N, D/heads) -> (B, N, D)
 
@@ -945,14 +951,14 @@ class Trained:
     φ (B, C, h, w))."""
 
     def __init__(self, args, run, features, model):
-        self.args, self.run, self.features, self.model = args, run, features, model
+        self.args, self.run, self.features, self.model = args, run, features, model.eval()
         self.phi_channels = model.phi_channels
 
     @torch.no_grad()
     def __call__(self, images, samples):
         maps = self.features.maps(images)
         with self.run.autocast():
-            targets, rebuilt, phi = self.model.eval()(maps, images)
+            targets, rebuilt, phi = self.model(maps, images)
         return self.model.anomaly_map(targets, rebuilt, self.args), phi.float()
 
 
@@ -960,8 +966,10 @@ class Recorded:
     """--base-run: a finished run of any script as such a function, from the maps and pooled
     features, φ (B, C, 1, 1), that its --save-maps wrote; `images` are ignored."""
 
-    def __init__(self, folder, dataset, device):
-        self.kept, self.device = {}, device  # path -> (map, feature)
+    def __init__(self, args, run, dataset):
+        folder = Path(args.base_run)
+        self.check_memory(folder, args, run)
+        self.kept, self.device = {}, run.device  # path -> (map, feature)
         for cls in dataset.classes:
             self.read(folder, Path("maps", "train", f"{cls}.npz"))
             self.read(folder, Path("maps", f"{cls}.npz"))
@@ -975,10 +983,23 @@ class Recorded:
         self.phi_channels = len(training[0][1])
         self.scale = float(np.mean([values.max() for values, _ in training]))
 
+    @staticmethod
+    def check_memory(folder, args, run):
+        """Raises UsageError if the maps would take more than --memory-share of what is free."""
+        files = [*(folder / "maps").glob("*.npz"), *(folder / "maps" / "train").glob("*.npz")]
+        need = run.processes * sum(file.stat().st_size for file in files)
+        if need > args.memory_share * data.free_memory():
+            raise UsageError(
+                f"--base-run {folder}: its maps take {need / 2**30:.1f} GiB, more than "
+                f"--memory-share {args.memory_share:g} of the free memory; do that run again with "
+                "fewer --classes or a smaller --image-size"
+            )
+
     def read(self, folder, name):
         if not (folder / name).is_file():
             raise UsageError(
-                f"--base-run {folder}: no {name}; do that run (or its --eval) again with --save-maps"
+                f"--base-run {folder}: no {name}; do that run (or its --eval) again with "
+                "--save-maps"
             )
         with np.load(folder / name) as file:
             if "features" not in file:
@@ -1019,12 +1040,12 @@ def train_base(args, run, features, model, images):
     frozen = runtime.Frozen(run, features, images, args)
     images_per_step = args.batch_size * run.world
     needs_images = frozen.needs_images or model.needs_images
-    dataset = runtime.Stream(images, args.seed, images_per_step, needs_images)
+    stream = runtime.Stream(images, args.seed, images_per_step, needs_images)
     if args.init == "pca" and not job.resumed:
-        model.start_at_axes(*frozen(dataset.first(64)))
+        model.start_at_axes(*frozen(stream.first(64)))
 
     parallel.train()
-    for step, batch in job.batches(dataset, args.steps):
+    for step, batch in job.batches(stream, args.steps):
         run.seed(args.seed, 4, step)  # jitter and dropout
         job.set_rate(step)
         maps = frozen(batch)
@@ -1115,28 +1136,30 @@ def train_calibration(args, run, base, images, samples, state):
     described = Described(args, run, base, images, samples)
     frozen = runtime.Frozen(run, described, numbers, args, "calibration targets")
     if frozen.rows is not None:
-        own = frozen.rows[:, :2].cpu()  # (N, 2)
+        own = frozen.rows[:, :2]  # (N, 2)
     else:
         own = runtime.precompute(
             run, described.own_statistics, numbers, args.batch_size, 1.0, "calibration targets"
         )
-    label = torch.tensor([classes.index(sample.cls) for sample in samples])  # (N,)
+    own = own.to(run.device)
+    label = [classes.index(sample.cls) for sample in samples]
+    label = torch.tensor(label, device=run.device)  # (N,)
     u, gamma = own.unbind(1)
     calibration.statistics.copy_(class_statistics(u, gamma, label, classes, args.statistic))
     if args.calibrate != "none":
         calibration.floor.copy_((gamma - u).min().clamp(min=1e-6))
     images_per_step = args.calibration_batch * run.world
-    dataset = runtime.Stream(numbers, args.seed, images_per_step, frozen.needs_images)
+    stream = runtime.Stream(numbers, args.seed, images_per_step, frozen.needs_images)
 
     steps = args.calibration_steps if parallel is not None else 0
     if parallel is not None:
         parallel.train()
-    for step, batch in job.batches(dataset, steps, args.calibration_batch, "calibration"):
+    for step, batch in job.batches(stream, steps, args.calibration_batch, "calibration"):
         run.seed(args.seed, 5, step)  # dropout
         job.set_rate(step)
-        index = batch["index"]
+        index = run.to_device(batch["index"])
         phi = frozen(batch)  # (B, C, h, w)
-        target, cls = run.to_device(own[index]), run.to_device(label[index])
+        target, cls = own[index], label[index]
         loss, parts = calibration_losses(parallel, phi, target, cls, args)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -1351,13 +1374,8 @@ def draw_changed(args, run, dataset, score, plain, rows, number=6):
             order.setdefault(row[0], []).append(rank)
     moved = sorted(order, key=lambda path: -abs(order[path][1] - order[path][0]))[:number]
     known = {str(sample.image): sample for sample in dataset.test}
-    images = data.Images(
-        [known[path] for path in moved],
-        args.image_size,
-        corrupt=report.corruption(args),
-        mask_rule=args.mask_rule,
-        depths=run.depths,
-    )
+    corrupt = report.corruption(args)
+    images = report.images_of(run, args, [known[path] for path in moved], corrupt)
     batch = torch.stack([images[i] for i in range(len(images))])
     maps = []  # before, after
     for function in (score.plain, score):
@@ -1379,13 +1397,7 @@ def draw_pixels(args, run, dataset, score, per_class=8, step=16):
     for cls in dataset.classes:
         samples = [sample for sample in dataset.test if sample.cls == cls]
         chosen = samples[:: -(-len(samples) // per_class)]
-        images = data.Images(
-            chosen,
-            args.image_size,
-            corrupt=report.corruption(args),
-            mask_rule=args.mask_rule,
-            depths=run.depths,
-        )
+        images = report.images_of(run, args, chosen, report.corruption(args))
         batch = torch.stack([images[i] for i in range(len(images))]).to(run.device)
         masks = torch.stack([images.mask(i) for i in range(len(images))])
         labels = masks.flatten()[::step].tolist()  # (n, S, S) -> (n S²)
@@ -1430,12 +1442,13 @@ def calibrate_base(args, run, dataset, images, state):
     run.place(features)
     torch.manual_seed(args.seed)  # initial weights: the same on every rank
     model = Base(args, features.channels, features.sides).to(run.device)
-    if images and not state:
-        images.preload()
-    run.open(args)
     if state:
         runtime.load_model(model, state["model"], args.eval)
-    else:
+    calibrated = state and "calibration" in state["finished"]
+    if images and not calibrated:  # stage 2 reads them, with --eval too if an option changed
+        images.preload()
+    run.open(args)
+    if not state:
         state = train_base(args, run, features, model, images)
     base = Trained(args, run, features, model)
     samples = dataset.train if dataset else None
@@ -1451,8 +1464,8 @@ def calibrate_base(args, run, dataset, images, state):
 
 
 def calibrate_run(args, run, dataset, state):
-    """--base-run: the maps of a finished run are calibrated. state: of the checkpoint to evaluate."""
-    base = Recorded(Path(args.base_run), dataset, run.device)
+    """--base-run: the maps of a finished run are calibrated. state: the checkpoint to evaluate."""
+    base = Recorded(args, run, dataset)
     args.steps = 0
     run.open(args)
     untrained = {"model": {}, "step": 0, "seconds": 0.0, "finished": ["model"]}
@@ -1464,14 +1477,35 @@ def calibrate_run(args, run, dataset, state):
 def check(args):
     """What single options cannot check about themselves: values that must fit each other."""
     if args.base_run:
-        for name in ("corrupt", "shift", "predict", "contaminate", "fix_threshold", "norm_power"):
-            if getattr(args, name):
-                flag = "--" + name.replace("_", "-")
-                raise UsageError(
-                    f"{flag} needs the base itself; --base-run has only the maps of its run"
-                )
+        check_base_run(args)
+    else:
+        check_base(args)
+    options.check_depths(args.depths)
+    if args.refit and not args.eval:
+        raise UsageError("--refit needs --eval CHECKPOINT: a training always fits its calibration")
+    if args.smoothing and args.smoothing % 2 == 0:
+        raise UsageError(f"--smoothing {args.smoothing}: must be odd, or 0 for none")
+    if args.predict and args.calibrate == "given":
+        raise UsageError(
+            "--predict with --calibrate given: nobody knows the classes of these images; use cada "
+            "or classifier"
+        )
+
+
+def check_base_run(args):
+    """--base-run goes without what a base would have to compute anew."""
+    for name in ("corrupt", "shift", "predict", "contaminate", "fix_threshold", "norm_power"):
+        if getattr(args, name):
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"{flag} needs the base itself; --base-run has only the maps of its run"
+            )
+
+
+def check_base(args):
+    """Options of the base: whether it has them, and whether their values suit it."""
     multiple = BASES[args.base].size_multiple
-    if not args.base_run and args.image_size % multiple:
+    if args.image_size % multiple:
         raise UsageError(
             f"--image-size {args.image_size}: must be a multiple of {multiple} for "
             f"--base {args.base}"
@@ -1481,23 +1515,13 @@ def check(args):
             f"--hidden {args.hidden}: must be a multiple of --heads {args.heads} and of 2"
         )
     if args.norm_power and args.base == "uniad":
-        raise UsageError("--norm-power weighs cosine distances, which the maps of --base uniad are not")
-    if args.cosine == "location" and args.base != "revdist":
-        raise UsageError(f"--cosine location is a loss of --base revdist, not of --base {args.base}")
-    if args.refit and not args.eval:
-        raise UsageError("--refit needs --eval CHECKPOINT: a training always fits its calibration")
-    if args.init == "pca" and args.base != "uniad":
-        raise UsageError(f"--init pca is a start of --base uniad, which --base {args.base} has not")
-    depths = args.depths.split(",")
-    if len(depths) != 4 or not all(depth.isdecimal() and int(depth) for depth in depths):
-        raise UsageError(f"--depths {args.depths}: must be four numbers above 0, such as 3,3,4,6")
-    if args.smoothing and args.smoothing % 2 == 0:
-        raise UsageError(f"--smoothing {args.smoothing}: must be odd, or 0 for none")
-    if args.predict and args.calibrate == "given":
         raise UsageError(
-            "--predict with --calibrate given: nobody knows the classes of these images; use cada "
-            "or classifier"
+            "--norm-power weighs cosine distances, which the maps of --base uniad are not"
         )
+    if args.cosine == "location" and args.base != "revdist":
+        raise UsageError(f"--cosine location is a loss of --base revdist, not of {args.base}")
+    if args.init == "pca" and args.base != "uniad":
+        raise UsageError(f"--init pca is a start of --base uniad, which {args.base} does not have")
 
 
 def of_base_run(given, saved):
@@ -1510,10 +1534,10 @@ def of_base_run(given, saved):
         return {}
     folder = Path(given["base_run"])
     if given.get("eval") and not saved["base_run"]:
-        raise UsageError("--eval of a checkpoint that has its own base goes not with --base-run")
+        raise UsageError("--base-run: the checkpoint of --eval has its own base; leave that option out")
     if not (folder / "args.json").is_file():
         raise UsageError(f"--base-run {folder}: no run there (no args.json)")
-    of_run = json.loads((folder / "args.json").read_text())
+    of_run = read_json(folder / "args.json", ("data", "data_root", "classes", "image_size", "mask_rule"))
     for name in ("corrupt", "contaminate"):
         if of_run.get(name):
             raise UsageError(
@@ -1542,7 +1566,7 @@ def base_of_checkpoint(args, state):
     checkpoint's, its calibration is dropped, so that stage 2 is done again on the stored base."""
     saved = state["args"]
     args.steps = min(args.steps, state["step"])  # fewer in the checkpoint of an unfinished run
-    check_contamination(args, saved)
+    settle_contamination(args, saved)
     groups = ["calibration"]
     if args.statistic == "score":  # γ follows the score
         groups.append("scoring")
@@ -1574,7 +1598,7 @@ def base_of_checkpoint(args, state):
     return {**parts, "step": args.steps, "finished": ["model"]}
 
 
-def check_contamination(args, saved):
+def settle_contamination(args, saved):
     """What the base has seen must not come back into the test set, or fix a threshold. On other data
     nothing was moved."""
     contaminated = saved.get("contaminate", 0.0)  # older runs had neither
@@ -1582,8 +1606,8 @@ def check_contamination(args, saved):
     if args.data != saved["data"]:
         if contaminated:
             options.tell(
-                f"warning: the base has seen some defective images of {saved['data']} as good ones; "
-                "if --data is a copy of it, they are tested now"
+                f"warning: the base has seen some defective images of {saved['data']} as good "
+                "ones; if --data is a copy of it, they are tested now"
             )
         args.contaminate = args.fix_threshold = 0.0
         return
@@ -1617,6 +1641,7 @@ def contaminate(dataset, share, seed):
 
 def evaluate(args, run, base, calibration, state, dataset):
     """The report of the contract, with the result without calibration beside it, and CADA's own."""
+    recipe = BASES[args.base].recipe
     plain, remember = None, ()
     if args.calibrate != "none":
         need = 4 * len(dataset.test) * args.image_size**2  # bytes of all maps
@@ -1639,7 +1664,7 @@ def evaluate(args, run, base, calibration, state, dataset):
         score,
         setting=setting_of(args, base, calibration, state),
         seconds=state["seconds"],
-        paper=papers.numbers("cada", args, BASES[args.base].recipe["paper"], dataset.name, run.world),
+        paper=papers.numbers("cada", args, recipe["paper"], dataset.name, run.world),
         extra=after_pass,
         described=score.described if isinstance(base, Trained) else None,
         compare={"without calibration": plain.rep} if plain else None,
@@ -1670,10 +1695,7 @@ def without_calibration(rows):
     labels = np.array([row.label for row in rows])
     scores = np.array([row.plain for row in rows])
     classes = np.array([row.cls for row in rows])
-    pixel = scores[:, None, None], labels[:, None, None]  # only the image metrics are wanted
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is undefined the pass itself warns
-        rep = metrics.evaluate(*pixel, scores, labels, classes)
+    rep = metrics.of_image_scores(scores, labels, classes)
     return {
         "I-AUROC, not calibrated": rep["mean"]["i_auroc"],
         "pool's I-AUROC, not calibrated": rep["mixed"]["i_auroc"],
@@ -1686,7 +1708,7 @@ def setting_of(args, base, calibration, state):
     if isinstance(base, Trained):
         note = base.features.backbone.weights_note
         setting["backbone"] = f"{args.backbone} ({note})"
-        setting["parameters"] = count_parameters(base.model)
+        setting["parameters"] = runtime.count_parameters(base.model)
         setting["steps"] = args.steps
         if args.base == "revdist":
             setting["cosine"] = args.cosine
@@ -1699,7 +1721,7 @@ def setting_of(args, base, calibration, state):
     if calibration.head is not None:
         setting["regressor"] = args.regressor
         setting["dropout"] = args.dropout
-        setting["head parameters"] = count_parameters(calibration)
+        setting["head parameters"] = runtime.count_parameters(calibration)
         setting["calibration steps"] = args.calibration_steps
     if args.contaminate:
         setting["defective test images moved to training"] = args.contaminate
@@ -1710,10 +1732,6 @@ def setting_of(args, base, calibration, state):
         setting["smoothing"] = "that of the base's run" if args.base_run else "none"
     setting["image score"] = name_of_rule(args.score)
     return setting
-
-
-def count_parameters(module):
-    return sum(p.numel() for p in module.parameters())
 
 
 def report_thresholds(args, run, score, plain, related):

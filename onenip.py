@@ -15,9 +15,8 @@ features they were made from, and a supervised *refiner* sharpens the error of t
       map S = (1 - α) S_rec + α c M̂, α = 0.5, c: 4. below;   image score: 5. below        (Eq. 10)
 
 Commands
-    python onenip.py                           embedded data, small model, about four minutes on two cores:
-                                               I-AUROC 87.1, P-AUROC 94.7, P-AP 45.1
-                                               (untrained: 62.1, 59.3, 2.8)
+    python onenip.py                           embedded data, small model, about four minutes on one core:
+                                               I-AUROC 88.4, P-AUROC 94.9, P-AP 45.1 (three seeds, README)
     python onenip.py --data mvtec              the paper's model and schedule (1,000 epochs: a GPU)
     torchrun --nproc_per_node=8 onenip.py --data mvtec --batch-size 8     on 8 GPUs: 64 images a step
     python onenip.py --eval runs/onenip-mvtec/checkpoint.pt --corrupt brightness:3
@@ -53,6 +52,8 @@ Where this file differs from the paper (P) or from the authors' code (C), and wh
  11. --norm-power ρ (neither P nor C, off in the paper preset) multiplies Eq. 9 by
      (max(||F||₂, t/1000) / t)^ρ, t the mean of ||F||₂ over the fixed prompts. Long features have
      large errors, normal or not; ρ < 0 takes some of that back.
+ 12. VisA: the 8,659 training images of its csv. C's list has 10,821 lines, since it names one image
+     of each class again and again, so its model saw that one up to 200 times an epoch.
 
 Paper, MVTec, 224 px (v2 log in brackets): I-AUROC 97.9 (98.0), I-AP 99.3, P-AUROC 97.9 (97.9),
 P-AP 63.7 (63.9).
@@ -95,7 +96,11 @@ class Args(Options):
     decoder_layers: int = option(4, "decoder blocks (Table 4b)", group="model", low=1)
     refiner_width: int = option(128, "channels of the refiner", group="model", low=1)
     dropout: float = option(
-        0.1, "dropout in attention, after it, and in the encoder's MLPs", group="model", low=0.0, high=0.9
+        0.1,
+        "dropout in attention, after it, and in the encoder's MLPs",
+        group="model",
+        low=0.0,
+        high=0.9,
     )
     epochs: float = option(
         1000,
@@ -185,19 +190,19 @@ class Args(Options):
         group="scoring",
         choices=("fixed", "random", "wrong"),
     )
+    prompt_of: str = option(
+        "", "at test every image gets the prompt of this class, whatever it shows", group="scoring"
+    )
     eval_every: float = option(
         0.0,
         "measure the test images every so many epochs, as a line of log.jsonl (Fig. 1b); selects "
         "nothing, and counts as time of the training; 0: never",
         low=0.0,
     )
-    prompt_of: str = option(
-        "", "at test every image gets the prompt of this class, whatever it shows", group="scoring"
-    )
     prompt_seed: int = option(
         -1,
-        "seed that draws the fixed prompts, and those of --prompt-test random; with --eval it draws "
-        "fixed prompts anew, from the training images of --data (Table 4d); -1: that of --seed",
+        "seed that draws the fixed prompts, and those of --prompt-test random; with --eval it "
+        "draws fixed prompts anew, from the training images of --data (Table 4d); -1: that of --seed",
         low=-1,
     )
     prompt: str = option(
@@ -219,11 +224,12 @@ class Args(Options):
 
 PRESETS = {
     "paper": dict(mask_rule="nearest"),  # the authors' way to resize masks
-    # For two CPU cores: a smaller model and picture, many small steps, pseudo-anomalies made once. As
-    # wide as the features are, so that the start at their axes loses nothing. The paper's Dice form,
-    # since the code's (no factor 2, smoothed by 1) lets a short training settle on empty masks; less
-    # jitter, since a short training does not get past the noise of the paper's. Width, start, epochs,
-    # alpha and the power were chosen on a second drawing of the data (docs/measured.md).
+    # For two CPU cores: a smaller model and picture, many small steps, pseudo-anomalies made once.
+    # As wide as the features are, so that the start at their axes loses nothing. The paper's Dice
+    # form, since the code's (no factor 2, smoothed by 1) lets a short training settle on empty
+    # masks; less jitter, since a short training does not get past the noise of the paper's. Width,
+    # start, epochs, alpha and the power were chosen on a second drawing of the data
+    # (docs/measured.md).
     "laptop": dict(
         image_size=160,
         backbone="efficientnet_lite0",
@@ -520,7 +526,7 @@ class OneNIP(nn.Module):
 
     def refine(self, reconstruction, features):
         """Eq. 6: |F̂ - F| (B, C, h, w) -> logits of the mask M̂ (B, 1, 4h, 4w)."""
-        return self.refiner((reconstruction - features).abs()).float()
+        return self.refiner((reconstruction - features).abs()).float()  # Eq. 6
 
     def forward(self, normal, synthetic, prompt):
         """One pass of training.
@@ -572,7 +578,7 @@ def dice_loss(predicted, mask, form):
     overlap = (predicted * mask).sum((1, 2))
     squares = predicted.square().sum((1, 2)) + mask.square().sum((1, 2))
     if form == "paper":
-        # Eq. 7. Below 1 the denominator is only if the mask is empty, and then its size is no matter
+        # Eq. 7. Below 1 the denominator is only if the mask is empty: then its size is no matter
         # as long as it is not 0
         return (1 - 2 * overlap / squares.clamp_min(1)).mean()
     if form == "smooth":
@@ -935,9 +941,6 @@ class Bank:
     def __init__(self, args, run, features, stream):
         made = Made(stream, args.bank)
         pictures = len(made), 3, args.image_size, args.image_size
-        need = 4 * math.prod(pictures) // 3  # bytes: a picture has three channels, its mask is one
-        if need > args.memory_share * data.free_memory():
-            raise self.too_large(args)
         images = torch.empty(pictures, dtype=torch.uint8)
         self.masks = torch.empty(pictures[:1] + pictures[2:], dtype=torch.bool)  # (N · bank, S, S)
         firsts = range(0, len(made), 16)
@@ -950,6 +953,17 @@ class Bank:
         self.frozen = runtime.Frozen(run, features, images, args)
         if self.frozen.needs_images:
             raise self.too_large(args)
+
+    @classmethod
+    def check_memory(cls, args, run, n_images):
+        """Raises UsageError if the pictures would take more than --memory-share of what is free."""
+        trains = args.steps or args.epochs
+        if not trains or not (args.restoration or args.refiner):
+            return
+        # a picture has three channels, its mask is one; every process makes its own
+        need = run.processes * n_images * args.bank * 4 * args.image_size**2  # bytes
+        if need > args.memory_share * data.free_memory():
+            raise cls.too_large(args)
 
     @staticmethod
     def too_large(args):
@@ -994,7 +1008,7 @@ def train(args, run, features, model, images, dataset):
         model.start_at_axes(frozen(stream.first(64)))
 
     def statistics():
-        return training_statistics(args, run, frozen, features, model.eval(), stream, job.contents)
+        return training_statistics(args, run, frozen, features, model, stream, job.contents)
 
     parallel.train()
     for step, batch in job.batches(stream, steps):
@@ -1016,12 +1030,15 @@ def train(args, run, features, model, images, dataset):
             nn.utils.clip_grad_norm_(model.parameters(), args.clip, foreach=True)
         optimizer.step()
         if args.eval_every and (step + 1) % stream.steps(args.eval_every) == 0:
+            job.share_buffers()
+            model.eval()
             epoch = (step + 1) * images_per_step / len(images)
             score = scorer(args, run, features, model, job.contents | statistics(), dataset, images)
             test = report.measure(run, args, dataset, score, corrupt=report.corruption(args))
             run.log({"step": step + 1, "epoch": round(epoch, 2), "test": test.rep["mean"]})
             parallel.train()
         job.record(loss, parts)
+    model.eval()
     return job.finish(**statistics())
 
 
@@ -1033,17 +1050,15 @@ def training_statistics(args, run, frozen, features, model, stream, contents):
     "normal_logits": (N, 1, 4h, 4w) or None}: of the normal images, for `normal_score`.
     """
     classes = contents["classes"]
-    count = min(256, len(stream.cls))
+    chosen = runtime.epoch_order(args.seed, 0, len(stream.cls))[: thresholds.AT_MOST].tolist()
     errors, all_logits = [], []  # of each batch of normal images
     extremes = []  # of every batch's S_rec
     prompts = run.to_device(contents["prompts"])
     typical = typical_norm(prompts)
     encoded = encoded_prompts(run, model, prompts)
-    for first in run.progress(range(0, count, args.batch_size), "training statistics"):
-        last = min(first + args.batch_size, count)
-        numbers = range(2**40 + first, 2**40 + last)  # of samples that training never reaches
-        batch = default_collate([stream.sample(stream.index(number)) for number in numbers])
-        indices = batch["index"].tolist()
+    for first in run.progress(range(0, len(chosen), args.batch_size), "training statistics"):
+        indices = chosen[first : first + args.batch_size]
+        batch = default_collate([stream.sample(i) for i in indices])
         p = None
         if encoded is not None:
             p = encoded[[classes.index(stream.cls[i]) for i in indices]]
@@ -1052,7 +1067,9 @@ def training_statistics(args, run, frozen, features, model, stream, contents):
         all_logits.append(logits)
         extremes += extremes_of(error, args)
         if stream.synthetic:
-            made = [stream.pseudo_anomaly(i, number) for i, number in zip(indices, numbers)]
+            made = []
+            for place, i in enumerate(indices, first):
+                made.append(stream.pseudo_anomaly(i, 2**40 + place))  # training never gets so far
             pictures = torch.stack([image for image, _ in made])  # (B, 3, S, S)
             x = features(run.to_device(pictures))
             error, _, _ = reconstruct(run, model, x, p, typical, args.norm_power)
@@ -1110,7 +1127,7 @@ def reconstruct(run, model, x, p, typical=1.0, power=0.0):
 
 
 def combine(error, logits, scale, args):
-    """What `reconstruct` gave -> S (B, S, S) and its image scores (B,). `scale`: c (departure 4)."""
+    """What `reconstruct` gave -> S (B, S, S) and image scores (B,). `scale`: c (departure 4)."""
     s_rec = resize(error, args.image_size).squeeze(1)  # Eq. 9: (B, 1, h, w) -> (B, S, S)
     s = s_rec
     if logits is not None:
@@ -1122,11 +1139,8 @@ def combine(error, logits, scale, args):
 def normal_thresholds(args, state, scale):
     """The thresholds of --predict, {"normal_score", "pixel_threshold"}: of good images that were held
     out, else of training images, as the scoring options of this call make their scores."""
-    runtime.check_normal_score(args, state, ("norm_power",))
     if "normal_score" in state:
-        names = "image_size", "alpha", "pool", "score_scale", "prompt_of"
-        runtime.check_normal_score(args, state, names)
-        return state
+        return {name: state[name] for name in ("normal_score", "pixel_threshold")}
     scores, peaks = [], []
     for i in range(len(state["normal_errors"])):
         error, logits = state["normal_errors"][i : i + 1], None
@@ -1178,11 +1192,11 @@ class Scorer:
 
     def prompts_of(self, x, samples):
         """Encoded prompts (B, N, D) for features x (B, C, h, w); None for --prompt none."""
+        if self.encoded is None:
+            return None
         similar = (fingerprint(x) @ self.fingerprints.T).argmax(1).tolist()
         for sample, i in zip(samples, similar):
             self.chosen[str(sample.image)] = self.classes[i]
-        if self.encoded is None:
-            return None
         rows = [self.row_of_prompt(sample, i) for sample, i in zip(samples, similar)]
         if self.args.prompt_test == "random":
             return self.random_prompts(samples, rows)
@@ -1241,11 +1255,13 @@ def scale_of_test_set(args, run, score, dataset):
     """The authors' c: (max + min)/2 of S_rec over the whole test set (departure 4)."""
     samples = dataset.test[run.rank :: run.world]
     corrupt = report.corruption(args)
-    images = data.Images(samples, args.image_size, corrupt=corrupt, depths=run.depths)
+    images = report.images_of(run, args, samples, corrupt)
+    firsts = range(0, len(samples), args.batch_size)
+    batches = [list(range(first, min(first + args.batch_size, len(samples)))) for first in firsts]
+    loader = run.loader(images, batches, args.workers)
     extremes = []
-    for first in run.progress(range(0, len(samples), args.batch_size), "scale on the test set"):
-        part = samples[first : first + args.batch_size]
-        batch = torch.stack([images[first + i] for i in range(len(part))])
+    for first, batch in zip(firsts, run.progress(loader, "scale on the test set", len(batches))):
+        part = samples[first : first + len(batch)]
         error, _, _ = score.reconstruct(run.to_device(batch), part)
         extremes += extremes_of(error, args)
     extremes = run.gather(extremes)
@@ -1264,20 +1280,24 @@ def main():
     dataset, images = runtime.training_data(run, args)
     check_prompts(args, state, dataset)
     check_scale(args, state, dataset)
+    check_thresholds(args, state)
+    if state is None:
+        Textures(args.textures, args.image_size)  # a folder without any is refused
+        Bank.check_memory(args, run, len(images))
     features = run.rank0_first(Features, args.backbone, args.weights, args.image_size)
     run.place(features)
     torch.manual_seed(args.seed)  # initial weights: the same on every rank
     model = OneNIP(features.channels, features.side, args).to(run.device)
-    if images and not state:
-        images.preload()
-    run.open(args)
     if state:
         runtime.load_model(model, state["model"], args.eval)
-        if draws_prompts(args, state):
-            fixed = fixed_prompts(images.samples, args)
-            state |= prompts_of_images(run, features, images, fixed)
     else:
+        images.preload()
+    run.open(args)
+    if not state:
         state = train(args, run, features, model, images, dataset)
+    elif draws_prompts(args, state):
+        fixed = fixed_prompts(images.samples, args)
+        state |= prompts_of_images(run, features, images, fixed)
     score = scorer(args, run, features, model, state, dataset, images)
     if args.predict:
         found = normal_thresholds(args, state, score.scale)
@@ -1319,11 +1339,11 @@ def check(args):
             "--prompt-class given: the class of files for --predict is not known; give selected"
         )
     if args.prompt_of and (args.prompt == "none" or args.prompt_test == "wrong"):
-        raise UsageError("--prompt-of goes with neither --prompt none nor --prompt-test wrong")
+        raise UsageError("--prompt-of cannot be combined with --prompt none or --prompt-test wrong")
     if args.predict and args.prompt != "none" and args.prompt_test != "fixed":
         raise UsageError(
             f"--prompt-test {args.prompt_test} needs training images and labels, which --predict "
-            "has not: give --prompt-test fixed"
+            "does not have: give --prompt-test fixed"
         )
 
 
@@ -1336,10 +1356,7 @@ def check_prompts(args, state, dataset):
     """Whether the checkpoint `state` (None: a training) and the data (None: --predict) have what
     the options of the prompt ask for."""
     if state and "model" not in state["finished"]:
-        raise UsageError(
-            f"{args.eval}: of a training that was interrupted at step {state['step']}; "
-            "finish it with --resume"
-        )
+        raise UsageError(state.unfinished("scale c"))
     new = state is None or draws_prompts(args, state)
     if new and dataset is None:
         raise UsageError("--predict has no training images: leave --prompt-seed out")
@@ -1350,7 +1367,7 @@ def check_prompts(args, state, dataset):
     if args.prompt == "none" or args.prompt_test == "fixed":
         return
     if args.prompt_test == "wrong" and len(classes) == 1:
-        raise UsageError("--prompt-test wrong: there is one class only, whose prompt is the right one")
+        raise UsageError("--prompt-test wrong: there is one class only; its prompt is the right one")
     lacking = sorted(classes_of_prompts(args, classes, dataset) - set(dataset.classes))
     if args.prompt_test == "random" and lacking:
         raise UsageError(
@@ -1368,9 +1385,17 @@ def check_scale(args, state, dataset):
     trained = state["args"].get("norm_power", 0.0)  # an older run had none
     if args.norm_power != trained:
         raise UsageError(
-            f"--norm-power {args.norm_power:g}: the checkpoint's scale c is of errors weighted with "
-            f"{trained:g}; leave that option out, or give --score-scale test or none"
+            f"--norm-power {args.norm_power:g}: the checkpoint's scale c is of errors weighted "
+            f"with {trained:g}; leave that option out, or give --score-scale test or none"
         )
+
+
+def check_thresholds(args, state):
+    """--predict: whether these options score files as they score the images of the threshold."""
+    names = ("norm_power",)
+    if state and "normal_score" in state:  # else they follow from the errors that were kept
+        names += ("image_size", "alpha", "pool", "score_scale", "prompt_of")
+    runtime.check_normal_score(args, state, names)
 
 
 def classes_of_prompts(args, classes, dataset):
@@ -1418,7 +1443,7 @@ def setting_of(args, features, model, state, dataset):
         "smoothing": "none",
         "image score": f"max after {args.pool}x{args.pool} average pooling",
         "scale c": args.score_scale,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": runtime.count_parameters(model),
         "steps": state["step"],
     }
 

@@ -27,6 +27,7 @@ import math
 import os
 import socket
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from common import UsageError
 from common.data import MEAN, STD, normalize
+from common.files import check_archive
 from common.options import BACKBONES as NAMES
 
 # Which file defines the numbers of the papers. The hexadecimal digits at the end begin the file's SHA-256.
@@ -506,6 +508,8 @@ def _sha256(path):
 def _load(net, path):
     """Load the checkpoint strictly, except that layers which the network has not built may be there or not."""
     try:
+        if zipfile.is_zipfile(path):  # as torch.save writes them since PyTorch 1.6
+            check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever pickle, zip or torch makes of a file that is no checkpoint
         raise UsageError(f"{path}: torch.load cannot read it as a checkpoint ({type(error).__name__})") from error

@@ -58,6 +58,7 @@ from tqdm import tqdm
 
 from common import UsageError, corruptions, files, layouts, options
 from common.files import read_image, read_mask
+from common.folder import read_json
 from common.layouts import BENCHMARKS, Sample
 
 MASK_RULES = ("half", "nearest", "any")
@@ -96,16 +97,36 @@ def image_files(path):
     return _files_below(path, set())
 
 
+def need_images(paths):
+    """Raises `UsageError` if one of the paths of --predict does not exist, or none of them holds an image."""
+    found = [image_files(path) for path in paths]
+    if not any(found):
+        names = " ".join(str(path) for path in paths)
+        raise UsageError(f"--predict {names}: no images found")
+
+
 def _files_below(folder, seen):
-    """The image files of a folder and those below it; seen: the real paths of the folders visited so far."""
+    """The image files of a folder and those below it; seen: the real paths of the folders visited so far.
+
+    The folder of a run below it is left out: its pictures are no pictures of products.
+    """
     real = os.path.realpath(folder)
     if real in seen:
         return []
     seen.add(real)
     found = layouts.images_in(folder)
     for below in layouts.folders(folder):
-        found += _files_below(below, seen)
+        if not is_of_a_run(below):
+            found += _files_below(below, seen)
     return found
+
+
+def is_of_a_run(folder):
+    """Whether a run of ours has written the folder."""
+    try:
+        return "method" in read_json(folder / "args.json")
+    except UsageError:
+        return False
 
 
 def load(name, root=None, classes=None, need_test=True):

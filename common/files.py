@@ -10,6 +10,7 @@ import json
 import os
 import re
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ RANGES = (255, 1023, 4095, 16383, 65535)
 
 _HEAD = 12  # bytes at the end of a file that are looked at
 
-_FORMAT = 2  # of the facts that are remembered: a higher one where `inspect` says something else
+_FORMAT = 3  # of the facts that are remembered: a higher one where `inspect` says something else
 
 # orientation of a TIFF (its tag 274) -> what undoes Pillow's turning
 _UNDONE_BY = {
@@ -197,6 +198,8 @@ def _unreadable(kind, path, error):
 def inspect(path, kind="image"):
     """What the header of a file tells, and whether the file is whole. Raises `UsageError` that names the file.
 
+    Files of more than 8 bits are decoded: only so one learns whether their values can be shown.
+
     kind: "image", or "mask", which is decoded, since only so one learns whether anything is in it. Returns a dict:
     "size" [width, height], "format", "mode", "frames" (pages), "narrowed" (16-bit colour, of which Pillow keeps 8 bits)
     and, for masks, "marks": "some", "none", or "alpha" if the shape is only in the transparency.
@@ -211,6 +214,8 @@ def inspect(path, kind="image"):
         }
         if kind == "mask":
             facts["marks"] = _marks(image)
+        elif is_deep(image.mode):
+            _deep_values(image)  # complains of what cannot be shown
         elif _seems_cut(path, image):
             image.load()  # complains if it is
     return facts
@@ -264,6 +269,21 @@ def _strips_end(image):
     return end
 
 
+def check_archive(path):
+    """Read a file of torch.save whole: its parts carry checksums, which torch does not look at.
+
+    Raises:
+        ValueError: it is damaged, or no such file. OSError: it cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except zipfile.BadZipFile as error:
+        raise ValueError(str(error)) from None
+    if damaged:
+        raise ValueError(f"{damaged} in it is damaged")
+
+
 def state(path):
     """What changes with a file's content: [size, time of writing, time of any change, inode]; None if the file is gone
     or was written a moment ago, when it may change again without a new time.
@@ -290,7 +310,7 @@ class Memory:
         self.file = _cache_folder() / (re.sub(r"\W+", "_", name) + ".json")
         self.known, self.new = {}, {}
         try:
-            known = json.loads(self.file.read_text())
+            known = json.loads(self.file.read_bytes())
             self.known = {key: entry for key, entry in known.items() if isinstance(entry["facts"], dict)}
         except (OSError, ValueError, TypeError, AttributeError, LookupError):
             pass
@@ -314,7 +334,7 @@ class Memory:
         temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}.tmp")
         with contextlib.suppress(OSError):
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({**self.known, **self.new}))
+            temporary.write_bytes(json.dumps({**self.known, **self.new}).encode())
             os.replace(temporary, self.file)
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)  # of a disk that is full

@@ -13,6 +13,7 @@ over. Nothing heavy is imported here.
 import contextlib
 import csv
 import errno
+import hashlib
 import io
 import json
 import os
@@ -57,6 +58,8 @@ def refuse(out, args):
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; name a folder")
+    if out.is_symlink() and not out.exists():
+        raise UsageError(f"--out {out} is a link to nothing; name another folder")
     if (out / LOCK).is_file():
         _claim(out)
     if args.resume:
@@ -101,8 +104,8 @@ def _refuse_to_delete_inputs(out, args):
 def _trains(out):
     """Whether the run in the folder is a training, which can be resumed, and no evaluation."""
     try:
-        return not json.loads((out / "args.json").read_text()).get("eval")
-    except (OSError, ValueError):
+        return not read_json(out / "args.json").get("eval")
+    except UsageError:
         return True
 
 
@@ -118,7 +121,10 @@ def take(out, args):
     Raises:
         UsageError: as `refuse`, for what has changed since.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be made: {error.strerror}") from None
     _claim(out)
     refuse(out, args)
     for leftover in out.glob(".*.tmp"):  # of a write that was killed
@@ -163,15 +169,23 @@ def release():
 
 
 def _empty(out):
-    """Delete what a run has written; anything else in the folder stays."""
-    for name in FILES:
-        (out / name).unlink(missing_ok=True)
+    """Delete what a run has written; anything else in the folder stays. args.json, by which it is a
+    run's folder, goes last: so whoever interrupts this can ask again."""
     for name in FOLDERS:
         path = out / name
         if path.is_symlink():
             path.unlink()
         elif path.is_dir():
             shutil.rmtree(path)
+    for name in reversed(FILES):
+        (out / name).unlink(missing_ok=True)
+
+
+def holds(path):
+    """Whether a file lies in the folder that this process's run writes to."""
+    if not _taken or not isinstance(path, (str, os.PathLike)):
+        return False
+    return Path(path).absolute().is_relative_to(_taken[0].absolute())
 
 
 def kept():
@@ -189,19 +203,54 @@ def kept():
     return "nothing is kept of it; the same command starts anew"
 
 
+def read_json(path, keys=()):
+    """The content of a JSON file, a dict that has these keys.
+
+    Raises:
+        UsageError: it is not there, cannot be read, is damaged, or is something else.
+    """
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    except ValueError:
+        raise UsageError(f"{path} is damaged: it is no JSON") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} is damaged: it is no JSON object")
+    missing = [key for key in keys if key not in found]
+    if missing:
+        raise UsageError(f"{path} is damaged, or something else: it has no {missing[0]}")
+    return found
+
+
+LONGEST = 200  # bytes of a name that is made from another one; file systems mostly allow 255
+
+
+def short_name(name):
+    """The name, or, if it is too long for what is added to it, its start and a digest of all."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= LONGEST:
+        return name
+    digest = hashlib.sha1(encoded).hexdigest()[:8]
+    return f"{encoded[: LONGEST - 9].decode(errors='ignore')}-{digest}"
+
+
 def write_atomic(path, content):
-    """Bytes -> file, all or nothing: a temporary sibling is written, synced and renamed."""
+    """Bytes -> file, all or nothing: a temporary sibling is written, synced and renamed. An OSError
+    names the file itself."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{short_name(path.name)}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
         raise
 
 

@@ -140,7 +140,7 @@ def images_in(folder, notes=None):
         return []
     paths = sorted(folder.iterdir(), key=_name)
     paths = [path for path in paths if not path.name.startswith(".")]
-    images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and _is_file(path)]
     if notes is not None:
         known = set(images)
         files, deeper = [], []
@@ -152,6 +152,11 @@ def images_in(folder, notes=None):
         notes.add_files("files left out, no images by their suffix", folder, files)
         notes.add_files("folders left out, images are expected directly above", folder, deeper)
     return images
+
+
+def _is_file(path):
+    """Whether it is a file, or a link to nothing: a picture that is missing, which reading will say."""
+    return path.is_file() or path.is_symlink() and not path.exists()
 
 
 def _name(path):

@@ -78,6 +78,11 @@ def name_of_rule(rule):
     return "max" if rule == "max" else f"mean of the highest {100 * SHARES[rule]:g} %"
 
 
+def name_of_sigma(sigma):
+    """How a report calls --sigma."""
+    return f"Gaussian, sigma {sigma:g}" if sigma else "none"
+
+
 def name_of_power(power):
     """How a report calls --norm-power."""
     return f"magnitude of the features, to the power {power:g}" if power else "none"

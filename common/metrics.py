@@ -423,6 +423,18 @@ def evaluate(maps, masks=None, image_scores=None, labels=None, classes=None, nam
     return acc.compute()
 
 
+def of_image_scores(scores, labels, classes):
+    """The image metrics alone, as `evaluate` returns them; of what is undefined nothing warns.
+
+    scores: (N,). labels: (N,), 1 or true is defective. classes: (N,) names.
+    """
+    scores, labels = np.asarray(scores), np.asarray(labels)
+    one_pixel = scores[:, None, None], labels[:, None, None]  # (N,) -> (N, 1, 1), in place of maps
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return evaluate(*one_pixel, scores, labels, classes)
+
+
 def reduce(acc):
     """The report over all processes of a torch.distributed group, in each of them; `acc.compute()` if there is none.
 

@@ -14,7 +14,6 @@ while torch is imported.
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import UsageError
+from common.folder import read_json
 from common.layouts import BENCHMARKS
 
 BACKBONES = (
@@ -237,6 +237,8 @@ def before_torch(Args, presets, description):
         known = given.get("out") or not given.get("base_run")  # else it follows from that run's data
         if given.get("resume") and known:
             _of_run_to_resume(Path(given.get("out") or _default_out(given)), given, Args)
+        elif given.get("eval") and os.path.isdir(given["eval"]):
+            raise UsageError(f"--eval {given['eval']} is a folder; name the checkpoint.pt in it")
         elif given.get("eval") and not os.path.isfile(given["eval"]):
             raise UsageError(f"{given['eval']}: no such checkpoint")
     except UsageError as error:
@@ -251,8 +253,11 @@ def before_torch(Args, presets, description):
 
 def any_output():
     """What stdout and stderr cannot encode is written as \\x.., in place of an error: file names
-    that are no UTF-8, and every sign that an old code page lacks."""
-    for stream in (sys.stdout, sys.stderr):
+    that are no UTF-8, and every sign that an old code page lacks. Closed ones are opened, on nothing."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this, such as cron
+            setattr(sys, name, open(os.devnull, "w"))
+        stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
@@ -359,7 +364,7 @@ def parse(Args, presets, description, argv=None, method=None, inherited=None):
     for field in fields.values():
         _check_range(field, getattr(args, field.name))
     if args.shift and args.corrupt:
-        raise UsageError("--shift goes not with --corrupt")
+        raise UsageError("--shift cannot be combined with --corrupt")
     if args.corrupt:
         from common import corruptions  # scipy
 
@@ -384,7 +389,7 @@ def _parser(Args, presets, description):
         presets = presets()
     parser = _Parser(
         prog=Path(sys.argv[0]).name,
-        description=description.strip().split("\n")[0],
+        description=(description or "").strip().split("\n")[0],  # python -OO keeps no docstring
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -436,18 +441,22 @@ def _check_given(given, Args):
     for field in dataclasses.fields(Args):
         if field.name in given:
             _check_range(field, given[field.name])
+    for name in ("data", "out", "eval", "predict"):
+        value = given.get(name)
+        if value == "" or isinstance(value, list) and "" in value:
+            raise UsageError(f"{_flag(name)}: its value is empty; name a path, or leave it out")
     threads = given.get("threads", "auto")
-    if threads != "auto" and not (threads.isdecimal() and int(threads) > 0):
-        raise UsageError(f"--threads {threads}: must be auto or a number above 0")
+    if threads != "auto" and not (threads.isdecimal() and 0 < int(threads) <= 1024):
+        raise UsageError(f"--threads {threads}: must be auto or a number from 1 to 1024")
     if given.get("predict") and not given.get("eval"):
         raise UsageError("--predict needs --eval CHECKPOINT: the trained model to score with")
     for name in ("corrupt", "shift", "save_maps"):
         if given.get("predict") and given.get(name):
-            raise UsageError(f"{_flag(name)} goes not with --predict")
+            raise UsageError(f"{_flag(name)} cannot be combined with --predict")
     if "threshold" in given and not given.get("predict"):
         raise UsageError("--threshold needs --predict: the metrics have none")
     if given.get("resume") and (given.get("eval") or given.get("overwrite")):
-        raise UsageError("--resume goes with neither --eval nor --overwrite")
+        raise UsageError("--resume cannot be combined with --eval or --overwrite")
 
 
 def _absolute(field, value):
@@ -460,6 +469,13 @@ def _absolute(field, value):
     if may_be_path and field.name not in ("out", "classes", "corrupt") and os.path.exists(value):
         return os.path.abspath(value)
     return value
+
+
+def check_depths(text):
+    """--depths, blocks of the four stages. Raises UsageError."""
+    words = text.split(",")
+    if len(words) != 4 or not all(word.isdecimal() and int(word) for word in words):
+        raise UsageError(f"--depths {text}: must be four numbers above 0, such as 3,3,4,6")
 
 
 def _absolute_source(name):
@@ -526,8 +542,8 @@ def _of_run_to_resume(out, given, Args, method=None):
     if not path.is_file():
         raise UsageError(f"--resume: {out} holds no run (no args.json); leave --resume out")
     try:
-        of_run = dict(json.loads(path.read_text()))
-    except ValueError:
+        of_run = read_json(path)
+    except UsageError:
         raise UsageError(f"--resume: {path} is damaged; --overwrite starts anew") from None
     theirs = of_run.get("method", method)
     if method and theirs != method:
@@ -557,16 +573,30 @@ def _of_run_to_resume(out, given, Args, method=None):
     return {k: v for k, v in saved.items() if k not in ("resume", "overwrite")}
 
 
+MOST = 2**31 - 1  # of a number whose option names no limit
+
+
 def _check_range(field, value):
     if field.name == "workers" and value != "auto" and not str(value).isdecimal():
         raise UsageError(f"--workers {value}: must be auto or a number, 0 or more")
+    if field.type not in (int, float) or value is None is field.default:
+        return
     low, high = field.metadata["low"], field.metadata["high"]
-    finite = not isinstance(value, float) or math.isfinite(value)
+    if not isinstance(value, (int, float)):  # of a damaged args.json
+        raise UsageError(f"{_flag(field.name)} {value!r}: must be a number")
+    if not math.isfinite(value):
+        raise UsageError(f"{_flag(field.name)} {value}: must be a finite number")
+    if high is None and field.type is int:
+        high = MOST
     too_low = low is not None and value < low
     too_high = high is not None and value > high
-    if finite and not too_low and not too_high:
+    if not too_low and not too_high:
         return
-    allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+    allowed = f"from {low} to {high}"
+    if low is None:
+        allowed = f"at most {high}"
+    elif high in (None, MOST) and too_low:
+        allowed = f"at least {low}"
     raise UsageError(
         f"{_flag(field.name)} {value}: must be {allowed} (--help explains every option)"
     )

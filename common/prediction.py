@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from common import UsageError, data, options, pages, pictures
+from common.folder import short_name
 
 COLUMNS = ("path", "score", "ratio", "verdict")  # then the method's own, then the reason
 SHOWN = 20  # rows printed at the end
@@ -72,10 +73,8 @@ def predict(run, args, score, normal_score, columns=None, pixel_threshold=None):
     """
     if run.rank > 0:
         return  # one process does it all
+    data.need_images(args.predict)
     waiting = _inputs(args.predict)
-    if not waiting:
-        names = " ".join(pages.readable(path) for path in args.predict)
-        raise UsageError(f"--predict {names}: no images found")
     columns = columns or {}
     threshold = normal_score if args.threshold is None else args.threshold
     decode = functools.partial(_decode, size=args.image_size, top=_top(run.depths))
@@ -139,7 +138,7 @@ def _inputs(paths):
     predictions = []
     for file, place in places.values():
         alone = stems[_folded(place.parent / place.stem)] == 1
-        name = place.stem if alone else place.name
+        name = short_name(place.stem if alone else place.name)
         target = _unused(place.parent / f"{name}.png", taken, ".png")
         sample = data.Sample(file, None, 0, "", "", "")
         predictions.append(Prediction(sample, target))

@@ -64,7 +64,7 @@ def measure(run, args, dataset, score, *, corrupt=None, keep=False, described=No
     given. All others as in `evaluate`.
     """
     samples = dataset.test[run.rank::run.world]  # every rank scores its share
-    images = _images(run, args, samples, corrupt)
+    images = images_of(run, args, samples, corrupt)
     expected = len(dataset.test) * args.image_size ** 2
     accumulator = metrics.Accumulator(expected_pixels=expected)
     rows, kept, seconds = [], [], 0.0
@@ -84,7 +84,7 @@ def measure(run, args, dataset, score, *, corrupt=None, keep=False, described=No
     return Pass(rep, rows, kept, vanished=sum(run.gather([images.vanished])), seconds=seconds)
 
 
-def _images(run, args, samples, corrupt=None):
+def images_of(run, args, samples, corrupt=None):
     """The pixels of samples as this run reads them, `data.Images`."""
     return data.Images(
         samples, args.image_size, corrupt=corrupt, mask_rule=args.mask_rule, depths=run.depths
@@ -361,7 +361,7 @@ def _save_maps(run, args, dataset, score, kept):
             _save_class(run.out / "maps", cls, of_class)
         # One class at a time: all maps of the training images may not fit into memory.
         samples, rows = [sample for sample in dataset.train if sample.cls == cls], []
-        images = _images(run, args, samples[run.rank::run.world])
+        images = images_of(run, args, samples[run.rank::run.world])
         for batch in _scored(run, args, images, score, f"training maps, {cls}"):
             rows += _kept(batch)
         rows = _in_order(run.gather(rows), samples)
@@ -400,7 +400,7 @@ def _draw_classes(run, args, dataset, rows, score, corrupt):
         good, bad = _by_score(rows, cls, 0), _by_score(rows, cls, 1)
         chosen = _chosen(good, bad)
         samples = [sample_of[row[0]] for _, row in chosen]
-        images = _images(run, args, samples, corrupt)
+        images = images_of(run, args, samples, corrupt)
         batch = torch.stack([images[i] for i in range(len(images))])
         maps = _numpy(score(batch.to(run.device), samples)[0])  # (len(chosen), S, S)
         low, high = maps.min(), maps.max()

@@ -16,10 +16,12 @@ and in its training loop
 
     job = runtime.Training(run, args, model, optimizer)        # with --resume: as it was
     frozen = runtime.Frozen(run, features, images, args)       # a frozen network's features
-    dataset = runtime.Stream(images, args.seed, images_per_step, frozen.needs_images)
-    for step, batch in job.batches(dataset, steps):
+    stream = runtime.Stream(images, args.seed, images_per_step, frozen.needs_images)
+    for step, batch in job.batches(stream, steps):
         run.seed(args.seed, step)       # all randomness of a step follows from (seed, step, rank),
-        ...                             # so a resumed run is the uninterrupted one, bit for bit
+        ...                             # so a resumed run is the uninterrupted one: on a CPU bit
+                                        # for bit, on a GPU but for rounding (cuDNN picks its
+                                        # algorithms by timing, atomic sums have no order)
         job.record(loss, parts)
     return job.finish()
 
@@ -76,6 +78,7 @@ class Run:
     rank: int = 0
     world: int = 1
     amp: str = "off"
+    trained_on: str = ""  # which images: a digest of their names and sizes
     depths: dict = field(default_factory=dict)  # grey values of each class, see `data.depths`
     held_out: list = field(default_factory=list)  # good images, not trained on: for the thresholds
     compile: bool = False
@@ -119,7 +122,8 @@ class Run:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def to_device(self, tensor):
-        """Host -> device without waiting (the loader pins its batches when there is a GPU)."""
+        """Host -> device; from pinned memory, in which the loader puts its batches when there is a
+        GPU, without waiting."""
         return tensor.to(self.device, non_blocking=True)
 
     def loader(self, dataset, batches, workers):
@@ -164,7 +168,12 @@ class Run:
         return result
 
     def open(self, args):
-        """Take the output folder for this run alone (see `folder.take`) and write args.json."""
+        """Take the output folder for this run alone (see `folder.take`) and write args.json.
+
+        Whatever may be wrong with the user's input must have been found by then: the results of an
+        earlier run are deleted here.
+        """
+        self.checkpoint_to_resume(args)  # one that is no good is refused
         if self.is_rank0:
             folder.take(self.out, args)
             if not args.resume:
@@ -176,14 +185,15 @@ class Run:
     def log(self, record):
         """Append one JSON line to log.jsonl."""
         if self.is_rank0:
-            with open(self.out / "log.jsonl", "a") as f:
+            with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(record) + "\n")
 
     def rewind_log(self, step):
         """Drop the lines after `step`: the resumed run writes them again."""
         path = self.out / "log.jsonl"
         if self.is_rank0 and path.is_file():
-            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = [line for line in lines if _step_of(line) <= step]
             write_atomic(path, "".join(line + "\n" for line in lines).encode())
 
     def save(self, state, name="checkpoint.pt"):
@@ -223,7 +233,17 @@ class Run:
         path = self.out / "checkpoint.pt"
         if not args.resume or not path.is_file():
             return None
-        return load_checkpoint(path, self.method)
+        try:
+            state = load_checkpoint(path, self.method)
+        except UsageError as error:
+            raise UsageError(f"--resume: {error}; --overwrite starts anew") from None
+        before = state.get("trained_on", self.trained_on)  # an older run kept none
+        if before != self.trained_on:
+            raise UsageError(
+                f"--resume: the training images are not those that {self.out} was started with; "
+                "--overwrite starts anew"
+            )
+        return state
 
     def wrap(self, model):
         """(model, parallel): what `parallel` computes has its gradients averaged over the ranks.
@@ -245,10 +265,15 @@ class Run:
     def place(self, features):
         """Move a frozen network to the device. With --amp a GPU computes it in bfloat16 as well.
 
-        On a CPU it stays in float32: there it is computed once, at the start.
+        On a CPU it stays in float32, in which its features are kept.
         """
         features.to(self.device)
         features.backbone.bf16 = self.amp == "bf16" and self.device.type == "cuda"
+
+    @property
+    def processes(self):
+        """How many processes of this run share this machine's memory."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
 
     def gather(self, items):
         """Concatenate every rank's list, in rank order, on all ranks (small objects only)."""
@@ -537,9 +562,11 @@ def training_data(run, args):
     test images, `dataset.test` is empty and a share of the training images goes to `run.held_out`.
 
     Raises:
-        UsageError: as `data.load` and `data.check`; options that need test images without these.
+        UsageError: as `data.load` and `data.check`; options that need test images without these;
+            nothing to predict.
     """
     if args.predict:
+        data.need_images(args.predict)
         return None, None
     dataset = run.rank0_first(_checked_data, run, args)
     run.say(dataset.reading)
@@ -548,6 +575,7 @@ def training_data(run, args):
             options.tell(f"problem: {line}")
     if not dataset.test:
         dataset.train, run.held_out = hold_out(dataset.train, args.holdout, args.seed)
+    run.trained_on = digest_of(dataset.train)
     if not args.eval:
         run.depths = run.rank0_first(data.depths, dataset.train, run.is_rank0)
     if data.depth_line(run.depths):
@@ -558,6 +586,15 @@ def training_data(run, args):
     if args.cache:
         run.disk = cache.Folder(dataset.root)
     return dataset, images
+
+
+def digest_of(samples):
+    """What tells one list of images from another, wherever they lie: classes, names and sizes."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        size = os.path.getsize(sample.image)
+        digest.update(os.fsencode(f"{sample.cls}/{sample.image.name} {size}\n"))
+    return digest.hexdigest()
 
 
 # Options, and their values where only one is meant. ("given": the class of every image is known.)
@@ -620,7 +657,7 @@ class Training:
         job = Training(run, args, model, optimizer)
         if job.finished:                    # a resumed run of which only the evaluation is missing
             return job.resumed
-        for step, batch in job.batches(dataset, steps):
+        for step, batch in job.batches(stream, steps):
             job.set_rate(step)
             ...
             job.record(loss, parts)
@@ -670,6 +707,7 @@ class Training:
         self.contents = {name: value for name, value in before.items() if name not in own}
         self.contents.setdefault("finished", [])
         self.contents["depths"] = run.depths
+        self.contents["trained_on"] = run.trained_on
         self.full_rates = []
         if optimizer is not None:
             self.full_rates = [group["lr"] for group in optimizer.param_groups]
@@ -684,10 +722,10 @@ class Training:
         if not self.finished:
             run.rewind_log(steps_before + self.done)
 
-    def batches(self, dataset, steps, batch_size=None, title="training"):
+    def batches(self, stream, steps, batch_size=None, title="training"):
         """Yield (step, batch) for all steps that are left, with a progress bar.
 
-        dataset: a `Stream`. steps: of the whole job. batch_size: of this rank, default args' own.
+        stream: a `Stream`. steps: of the whole job. batch_size: of this rank, default args' own.
         """
         batch_size = batch_size or self.args.batch_size
         self.steps, self.images_per_step = steps, batch_size * self.run.world
@@ -695,7 +733,7 @@ class Training:
         if self.run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.run.device)
         indices = self.run.batch_indices(self.first, steps, batch_size)
-        loader = self.run.loader(dataset, indices, self.args.workers)
+        loader = self.run.loader(stream, indices, self.args.workers)
         asked = time.monotonic()
         for step, batch in enumerate(self.run.progress(loader, title, steps, self.first), self.first):
             self.waited += time.monotonic() - asked
@@ -769,15 +807,19 @@ class Training:
             **more,
         }
 
+    def share_buffers(self):
+        """Before the model is evaluated: on CPUs each rank's batch norms have had statistics of
+        their own since the last step. All take those of the first."""
+        if self.run.world > 1 and self.optimizer is not None:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+
     def finish(self, **more):
         """Write the last checkpoint, which says that this part is trained, and return it.
 
         more: what only a finished training has.
         """
-        if self.run.world > 1 and self.optimizer is not None:
-            # on CPUs each rank's batch norms have their own statistics since the last step
-            for buffer in self.model.buffers():
-                dist.broadcast(buffer, 0)
+        self.share_buffers()
         finished = [*self.contents["finished"], self.part]
         state = self.state(finished=finished, **more)
         self.run.save(state)
@@ -857,7 +899,8 @@ def entry_of(run, features, images, title):
     for name, values in features.state_dict().items():
         weights.update(name.encode())
         weights.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    code = [Path(module.__file__).read_text() for module in (backbones, data, files)]
+    sources = [Path(module.__file__) for module in (backbones, data, files)]
+    code = [source.read_text(encoding="utf-8") for source in sources]
     code += [inspect.getsource(cls) for cls in type(features).__mro__ if cls not in _OF_TORCH]
     machine = environment()
     machine |= {"processor": torch.backends.cpu.get_cpu_capability(), "on": run.device.type}
@@ -925,7 +968,7 @@ def precompute(
             if run.world > 1:
                 dist.broadcast(values, rank)
             result[indices[0] : indices[-1] + 1] = values
-    if entry is not None and run.is_rank0:
+    if entry is not None and run.is_rank0 and result.nbytes <= cache.LIMIT:  # else copied in vain
         entry.write(result.cpu())
     return result
 
@@ -956,7 +999,7 @@ def _home(run, function, batch, values, images, memory_share, near):
     elif not on_gpu or worth_moving(function, run.to_device(batch[:1]), values[:1], images):
         if on_gpu:
             need = 2 ** math.ceil(math.log2(need))  # as PyTorch pins memory
-        need *= int(os.environ.get("LOCAL_WORLD_SIZE", run.world))  # each process keeps all
+        need *= run.processes  # each keeps all
         choice = int(need <= memory_share * data.free_memory())
     if run.world > 1:
         choice = torch.tensor(choice, device=run.device)
@@ -1102,7 +1145,7 @@ class Checkpoint(dict):
         raise UsageError(self.unfinished(name))
 
     def unfinished(self, lacking):
-        """Why it has not what is wanted, and what to do."""
+        """Why it lacks what is wanted, and what to do."""
         return (
             f"{self.path}: its training is not finished (step {self.get('step', 0)}), so it has no "
             f"{lacking}; --resume --out {Path(self.path).parent} finishes it"
@@ -1113,19 +1156,25 @@ def load_checkpoint(path, method=None):
     """Read a checkpoint (weights only: no code is run) on the CPU. Returns a `Checkpoint`.
 
     Raises:
-        UsageError: missing, unreadable, not a checkpoint of `method`, or of an older layout.
+        UsageError: missing, damaged, not a checkpoint of `method`, or of an older layout.
     """
     try:
+        files.check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such checkpoint") from None
-    except Exception as error:
-        kind = type(error).__name__
-        raise UsageError(f"{path}: not a readable checkpoint ({kind})") from None
-    if not isinstance(state, dict) or not {"method", "args", "model"} <= state.keys():
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    except Exception:
+        raise UsageError(f"{path}: no checkpoint, or one that is damaged or cut off") from None
+    kinds = {"method": str, "args": dict, "model": dict}
+    if not isinstance(state, dict) or not kinds.keys() <= state.keys():
         raise UsageError(
             f"{path}: not a checkpoint of these scripts (method, args or model is missing)"
         )
+    for name, kind in kinds.items():
+        if not isinstance(state[name], kind):
+            raise UsageError(f"{path}: not a checkpoint of these scripts ({name} is something else)")
     if method and state["method"] != method:
         raise UsageError(f"{path}: a checkpoint of {state['method']}.py, not of {method}.py")
     if "finished" not in state:
@@ -1156,6 +1205,10 @@ def _misfit(ours, theirs, error):
         if here != there:
             return f"does not fit this model: {name} is {there} in it and {here} here; {advice}"
     return f"does not fit this model: {str(error).splitlines()[-1].strip()[:200]}"
+
+
+def count_parameters(module):
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def check_normal_score(args, state, names):
@@ -1294,11 +1347,17 @@ def _message_of(error):
         return "the GPU ran out of memory: lower --batch-size or --image-size"
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         return "out of memory: lower --batch-size, --image-size or --memory-share"
-    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
-    numbers += (errno.ENOTDIR, errno.ENAMETOOLONG)
-    if isinstance(error, OSError) and error.errno in numbers:
+    if isinstance(error, OSError) and (error.errno in OF_THE_SYSTEM or folder.holds(error.filename)):
         return f"{error.filename or 'output'}: {error.strerror}"
     return None
+
+
+# What is wrong with a disk, a folder or a name, and not with us. (Not all systems know all.)
+OF_THE_SYSTEM = {
+    getattr(errno, name, None)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "EACCES", "EROFS", "EPERM", "ENOTDIR")
+    + ("ENAMETOOLONG", "ELOOP", "EMFILE", "ENFILE")
+}
 
 
 def _one_line(message, *_):

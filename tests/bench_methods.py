@@ -155,7 +155,7 @@ class ROADS(OfMaps):
         self.their_optimizer = torch.optim.Adam(self.theirs.parameters(), lr=args.lr, betas=(0.5, 0.999))
         self.scorer = roads.Scorer(args, RUN, features, self.ours, names)
         size = args.adapter_size or args.image_size
-        self.view = roads.shrink(self.images, size)
+        self.view = roads.resized(self.images, size)
         self.more = self.view, 255 - self.view, torch.zeros(self.n, dtype=torch.long)
 
     def loss(self):

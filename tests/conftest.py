@@ -63,6 +63,15 @@ def tiny_data(tmp_path_factory):
     return synth.ensure(tmp_path_factory.mktemp("tiny"), train=6, test_good=3, test_bad=4, size=64)
 
 
+@pytest.fixture(autouse=True)
+def no_claims():
+    """What a test's run has claimed is free for the next test, and forked processes know nothing of it."""
+    yield
+    from common import folder
+
+    folder.release()
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """command("onenip", "--data", ...) runs the script's main in this process, as the shell would: returns .status,

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +17,9 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from common import runtime
+
+ROOT = Path(__file__).resolve().parent.parent
 METRICS = {"i_auroc", "i_ap", "i_f1max", "p_auroc", "p_ap", "p_f1max", "p_aupro", "mad"}
 
 
@@ -69,19 +72,71 @@ def check_files(finished, method):
         assert min(Image.open(out / "pictures" / f"{name}.png").size) > 100
     assert "mixed" in done.stdout and f"{100 * result['mean']['i_auroc']:.1f}" in done.stdout
     assert done.stderr == "", "progress bars are silent when stderr is no terminal"
-    return result, read_log(out), torch.load(out / "checkpoint.pt", weights_only=True), kept
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    if "normal_score" in state:  # the thresholds of --predict are those of all training images, here 48
+        train = [np.load(path) for path in sorted((out / "maps" / "train").glob("*.npz"))]
+        scores = np.concatenate([part["scores"] for part in train])
+        peaks = np.concatenate([part["maps"].max((1, 2)) for part in train])
+        assert state["normal_score"] == pytest.approx(np.quantile(scores, 0.99), rel=1e-3)
+        assert state["pixel_threshold"] == pytest.approx(np.quantile(peaks, 0.99), rel=1e-3)
+    return result, read_log(out), state, kept
+
+
+class Parallel(torch.nn.Module):
+    """In the place of DistributedDataParallel: counts what goes through it."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.calls = module, 0
+
+    def forward(self, *inputs):
+        self.calls += 1
+        return self.module(*inputs)
+
+
+def check_every_step_is_parallel(script, words, calls, out, command, monkeypatch):
+    """Every step goes through what `wrap` made, or the ranks of torchrun would train models of their own, unseen.
+
+    calls: how many of each training there are, in the run of `words`.
+    """
+    made = []
+
+    def wrap(run, model):
+        made.append(Parallel(model))
+        return model, made[-1]
+
+    monkeypatch.setattr(runtime.Run, "wrap", wrap)
+    done = command(script.__name__, *words, "--out", out)
+    assert done.status == 0, done.err
+    assert [parallel.calls for parallel in made] == calls
+
+
+# Dies by SIGKILL when the second checkpoint is due: the log is ahead of the first one.
+DIES = """
+import os, runpy, signal, sys
+sys.path.insert(0, sys.argv[1])
+from common import runtime
+save, saved = runtime.Run.save, []
+def save_or_die(self, state, *rest):
+    saved.append(state["step"])
+    if len(saved) == 2:
+        self.finish_saving()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self, state, *rest)
+runtime.Run.save = save_or_die
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def check_killed_and_resumed(script, words, finished, out, command, metrics_of):
-    """The run of `words` ends by SIGKILL after its first checkpoint; --resume then gives the numbers, the log and the
-    weights of `finished`, the same run uninterrupted."""
+    """The run of `words` ends by SIGKILL between its first checkpoint and its second; --resume then gives the numbers,
+    the log and the weights of `finished`, the same run uninterrupted."""
     words = [*map(str, words), "--out", str(out)]
-    process = subprocess.Popen([sys.executable, script.__file__, *words], stdout=subprocess.DEVNULL)
-    while not (out / "checkpoint.pt").is_file():
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    program = [sys.executable, "-c", DIES, ROOT, script.__file__]
+    assert subprocess.run([*program, *words], stdout=subprocess.DEVNULL).returncode == -signal.SIGKILL
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert 0 < state["step"] < read_log(finished[0])[-1]["step"] and state["finished"] == []
     assert not (out / "metrics.json").exists()
     refused = command(script.__name__, *words)
     assert refused.status == 2 and "--resume" in refused.err
@@ -106,6 +161,9 @@ def check_predict(script, columns, finished, tiny_data, out, command):
     written = list(csv.DictReader(open(out / "predictions.csv")))
     assert list(written[0]) == ["path", "score", "ratio", "verdict", *columns, "reason"] and len(written) == 8
     assert float(written[0]["score"]) == pytest.approx(float(chosen["score"]), rel=1e-4)
+    normal = torch.load(finished[0] / "checkpoint.pt", weights_only=True).get("normal_score")
+    if normal:  # OneNIP's follows from the options of the evaluation
+        assert float(written[0]["ratio"]) == pytest.approx(float(written[0]["score"]) / normal)
     assert [bool(row["score"]) for row in written] == [bool(not row["reason"]) for row in written]
     assert [row["path"] for row in written if row["reason"]] == [str(broken)]
     assert len(list((out / "pictures").rglob("*.png"))) == 7 and (out / "predictions.html").is_file()

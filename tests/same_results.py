@@ -100,7 +100,7 @@ CASES = {
         --schedule cosine --weight-decay 1e-4 --clip 0.1 --jitter 0 --sigma 4 --score top1""",
         also={"uncached": "--jitter 2 --score max", "resumed": "--jitter 2 --standardize"}),
     "roads": Case("roads.py", """
-        --backbone efficientnet_lite0 --depths 1,1,1 --tokens 4 --adapter style
+        --backbone efficientnet_lite0 --depths 1,1,1,1 --tokens 4 --adapter style
         --adapter-backbone efficientnet_lite0 --adapter-size 64 --steps 6 --lr 2e-3
         --adapter-lr 1e-4 --schedule cosine --distance location --ood-severity 3 --sigma 4""",
         also={"uncached": "--distance flat", "resumed": "--schedule step"}),

@@ -717,6 +717,7 @@ PRESETS = {
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_paper_preset_has_the_values_of_paper_and_code(name, monkeypatch):
+    """Each value as the paper prints it, or, where that is silent, as the authors' code has it."""
     script, words, expected = PRESETS[name]
     args = options_of(script, monkeypatch, *words)
     assert {option: getattr(args, option) for option in expected} == expected

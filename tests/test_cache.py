@@ -206,3 +206,14 @@ def test_two_runs_at_once(home):
     found, seen = frozen(home)
     assert seen == BATCH and sums == [found.rows.double().sum().item()] * 2
     assert list((home / cache.NAME).iterdir()) == entries(home)
+
+
+def test_what_killed_runs_left_is_swept_but_not_what_is_being_written(home):
+    """Half-written files an hour old are nobody's; a younger one is another process's at this moment."""
+    frozen(home)
+    old, fresh = (home / cache.NAME / name for name in (".a.1.tmp", ".b.2.tmp"))
+    for path in (old, fresh):
+        path.write_bytes(b"half")
+    os.utime(old, (1e9, 1e9))
+    frozen(home, Network(0.25))
+    assert not old.exists() and fresh.exists()

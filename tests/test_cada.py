@@ -821,6 +821,12 @@ def test_another_weight_of_the_distances_is_another_map(finished, tmp_path, comm
     assert done.status == 2 and "--norm-power" in done.err and done.err.count("\n") == 1
 
 
+def test_every_step_goes_through_the_parallel_model(tiny_data, tmp_path, command, monkeypatch):
+    """Protects torchrun, which averages the gradients of what goes through it."""
+    words = ("--data", tiny_data, "--classes", "screw", *SMALL, "--steps", 2, "--calibration-steps", 3)
+    contract.check_every_step_is_parallel(cada, words, [2, 3], tmp_path / "run", command, monkeypatch)
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_killed_and_resumed_is_uninterrupted(finished, tiny_data, tmp_path, command, metrics_of):
     """SIGKILL in stage 1, then --resume: the numbers, the log and the weights of the run that was never interrupted."""
@@ -854,6 +860,7 @@ def test_interrupted_in_stage_two_and_resumed(step, finished, tiny_data, tmp_pat
 
 
 def test_predict(finished, tiny_data, tmp_path, command):
+    """Without columns of its own: the calibrated scores."""
     contract.check_predict(cada, (), finished, tiny_data, tmp_path / "p", command)
 
 

@@ -62,13 +62,13 @@ def opened(out, *words):
 # ---------------------------------------------------------------------------- a run owns its folder
 
 CLAIM = """
-import sys, time, types
+import sys, types
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from common import UsageError, folder
 args = types.SimpleNamespace(resume=False, overwrite=False)
-while time.time() < float(sys.argv[3]):
-    pass
+print("ready", flush=True)
+sys.stdin.readline()
 try:
     folder.take(Path(sys.argv[2]), args)
     (Path(sys.argv[2]) / "args.json").write_text("{}")
@@ -79,14 +79,24 @@ except UsageError as error:
 """
 
 
-def claim(out, start=0.0):
-    words = [sys.executable, "-c", CLAIM, str(ROOT), str(out), str(start)]
-    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def claim(out):
+    """A process that asks for the folder when it gets a line."""
+    words = [sys.executable, "-c", CLAIM, str(ROOT), str(out)]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def go(process):
+    process.stdin.write("go\n")
+    process.stdin.flush()
 
 
 def test_of_runs_that_start_at_once_one_gets_the_folder(tmp_path):
     """Six processes ask at the same moment; the others say who has it, and what to do."""
-    processes = [claim(tmp_path / "run", time.time() + 2) for _ in range(6)]
+    processes = [claim(tmp_path / "run") for _ in range(6)]
+    for process in processes:
+        go(process)
     answers = [process.stdout.readline() for process in processes]
     for process in processes:
         process.communicate()
@@ -98,6 +108,7 @@ def test_of_runs_that_start_at_once_one_gets_the_folder(tmp_path):
 def test_a_killed_run_holds_its_folder_no_longer(tmp_path):
     """Not even --overwrite or --resume may disturb a running one; after SIGKILL its folder can be had."""
     process = claim(tmp_path / "run")
+    go(process)
     assert process.stdout.readline() == "mine\n"
     for words in ((), ("--overwrite",), ("--resume",)):
         with pytest.raises(UsageError, match="another run is writing there at this moment"):
@@ -537,6 +548,7 @@ KEPT = {
 @pytest.mark.parametrize("error, said, status", [
     (KeyboardInterrupt(), "interrupted", 130), (UsageError("a.png: gone"), "a.png: gone", 2),
     (OSError(errno.ENOSPC, "No space left on device", "x.pt"), "x.pt: No space left on device", 2),
+    (OSError(errno.EFBIG, "File too large", "x.pt"), "x.pt: File too large", 2),
     (MemoryError(), "out of memory: lower --batch-size", 2),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory", 2)])
 def test_who_ends_early_says_what_is_kept(error, said, status, name, tmp_path, capsys):
@@ -565,7 +577,8 @@ def test_a_fault_of_ours_keeps_its_traceback_and_says_what_is_kept(tmp_path, cap
         runtime.launch(main)
     assert "--resume" in capsys.readouterr().err
     opened(tmp_path / "other")
-    assert claim(tmp_path / "run", 0).communicate()[0] != "", "the folder is free again"
+    answer, _ = claim(tmp_path / "run").communicate("go\n")
+    assert "another run is writing there" not in answer, "the folder is free again"
 
 
 def test_a_run_goes_on_when_nobody_reads_its_output(tmp_path):
@@ -625,3 +638,183 @@ SMALL = {
 def test_good_images_only(script, tiny_data, tmp_path, command):
     """A folder of nothing but good pictures -> trained -> predicted, with each script."""
     contract.check_good_images_only(importlib.import_module(script), SMALL[script], tiny_data, tmp_path, command)
+
+
+# ------------------------------------------------------------------------------ nothing is lost, nothing believed
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def trained(request, tiny_data, tmp_path_factory):
+    """(script, folder of its finished small run on a data set of its own, that data set)."""
+    script, home = request.param, tmp_path_factory.mktemp(request.param)
+    shutil.copytree(tiny_data / "screw", home / "data" / "screw")
+    words = [sys.executable, ROOT / f"{script}.py", "--data", home / "data", *SMALL[script], "--checkpoint-every", 1]
+    done = subprocess.run([str(word) for word in [*words, "--out", home / "run"]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return script, home / "run", home / "data"
+
+
+def content_of(out):
+    return {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_a_command_that_cannot_be_deletes_no_results(trained, tmp_path, command):
+    """--overwrite replaces what is there once it is known that something can come in its place."""
+    script, run, home = trained
+    checkpoint, out = run / "checkpoint.pt", tmp_path / "predictions"
+    picture = next((home / "screw" / "test" / "good").iterdir())
+    assert command(script, "--eval", checkpoint, "--predict", picture, "--out", out).status == 0
+    before = content_of(out)
+    (tmp_path / "empty").mkdir()
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes(checkpoint.read_bytes()[:-1000])
+    other = {"onenip": ("--hidden", 32), "omniad": ("--depths", "2,1,1,1"), "roads": ("--tokens", 3),
+             "cada": ("--depths", "2,1,1,1")}[script]
+    cases = [
+        (checkpoint, (tmp_path / "nowhere.png",), "nowhere.png"), (checkpoint, (tmp_path / "empty",), "no images"),
+        (checkpoint, (picture, *other), "does not fit"), (damaged, (picture,), "damaged"),
+        (tmp_path / "none.pt", (picture,), "none.pt"),
+        (checkpoint, (picture, "--image-size", 96), "leave"),
+    ]
+    for path, words, said in cases:
+        done = command(script, "--eval", path, "--out", out, "--overwrite", "--predict", *words)
+        assert done.status == 2 and said in done.err and done.err.count("\n") == 1, done.err
+        assert content_of(out) == before, words
+
+
+def test_a_damaged_checkpoint_is_not_believed(trained, tmp_path, command):
+    """A stretch of zeros in the midst of it, which torch.load reads without a word; a cut one; an empty one; text. What
+    is said can be done."""
+    script, run, _ = trained
+    whole = (run / "checkpoint.pt").read_bytes()
+    zeros = bytearray(whole)
+    middle = len(zeros) // 2
+    zeros[middle : middle + 4000] = bytes(4000)
+    for i, content in enumerate((bytes(zeros), whole[:-5000], b"", b"text")):
+        path = tmp_path / f"{i}.pt"
+        path.write_bytes(content)
+        done = command(script, "--eval", path, "--out", tmp_path / f"eval{i}")
+        assert done.status == 2 and f"{i}.pt" in done.err and "damaged" in done.err and done.err.count("\n") == 1
+        out = shutil.copytree(run, tmp_path / f"run{i}")
+        (out / "metrics.json").unlink()
+        (out / "checkpoint.pt").write_bytes(content)
+        done = command(script, "--resume", "--out", out)
+        assert done.status == 2 and "--overwrite starts anew" in done.err and done.err.count("\n") == 1
+        assert "goes on" not in done.err, "it does not"
+
+
+def test_other_images_are_no_resumption(trained, tmp_path, command):
+    """A training that saw other images is another one: it is not gone on with."""
+    script, run, home = trained
+    for change in ("removed", "changed"):
+        out, data_home = shutil.copytree(run, tmp_path / change / "run"), shutil.copytree(home, tmp_path / change / "d")
+        (out / "metrics.json").unlink()
+        assert command(script, "--resume", "--out", out, "--data", data_home).status == 2, "the folder is another one"
+        settings = json.loads((out / "args.json").read_text())
+        (out / "args.json").write_text(json.dumps({**settings, "data": str(data_home)}))
+        picture = next((data_home / "screw" / "train" / "good").iterdir())
+        if change == "removed":
+            picture.unlink()
+        else:
+            Image.new("RGB", (64, 64)).save(picture)
+        done = command(script, "--resume", "--out", out)
+        assert done.status == 2 and "training images" in done.err and done.err.count("\n") == 1, done.err
+
+
+def test_an_interrupted_overwrite_can_be_done_again(tmp_path, monkeypatch):
+    """Whatever is deleted first, the folder stays a run's until nothing of it is left."""
+    opened(tmp_path / "run")
+    for name in ("metrics.json", "pictures/bolt.png", "maps/bolt.npz"):
+        (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "run" / name).write_text("")
+    folder.release()
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(folder.shutil, "rmtree", interrupted)
+        opened(tmp_path / "run", "--overwrite")
+    folder.release()
+    opened(tmp_path / "run", "--overwrite")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "args.json"]
+
+
+def test_folders_that_cannot_be_made(tmp_path):
+    """A link to nothing, a link to itself, a place where nobody may write: one line that names --out."""
+    (tmp_path / "nothing").symlink_to(tmp_path / "not" / "there")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_text("")
+    for out in ("nothing", "loop", "loop/run", "file/run"):
+        with pytest.raises((UsageError, OSError)) as error:
+            opened(tmp_path / out)
+        message = runtime._message_of(error.value)
+        assert message and out.split("/")[0] in message, out
+
+
+def test_a_run_whose_folder_vanishes_ends_in_one_line(tmp_path, capsys):
+    """`rm -rf` of the folder of a run: the line names the file that could not be written."""
+    def main():
+        run, _ = opened(tmp_path / "run")
+        shutil.rmtree(tmp_path / "run")
+        run.log({"step": 1})
+
+    status, err = ends(main, capsys)
+    assert status == 2 and "log.jsonl: No such file or directory" in err and err.count("\n") == 1
+
+
+def test_an_error_of_a_write_names_the_file(tmp_path):
+    """And not the temporary one beside it."""
+    with pytest.raises(OSError) as error:
+        folder.write_atomic(tmp_path / "no" / "x.pt", b"")
+    assert error.value.filename == str(tmp_path / "no" / "x.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[1]", b"3", b'"x"', b"\xff\xfe"])
+def test_json_of_another_shape_is_a_line(content, tmp_path):
+    """Files of ours that somebody else has written, or cut."""
+    (tmp_path / "args.json").write_bytes(content)
+    with pytest.raises(UsageError, match="args.json is damaged"):
+        folder.read_json(tmp_path / "args.json")
+    with pytest.raises(UsageError, match="args.json is damaged; --overwrite"):
+        parse("--out", tmp_path, "--resume")
+    (tmp_path / "args.json").write_text('{"seed": "x"}')
+    assert folder.read_json(tmp_path / "args.json") == {"seed": "x"}
+    with pytest.raises(UsageError, match="it has no data"):
+        folder.read_json(tmp_path / "args.json", ("seed", "data"))
+    with pytest.raises(UsageError, match="--seed 'x': must be a number"):
+        parse("--out", tmp_path, "--resume")
+    with pytest.raises(UsageError, match="No such file"):
+        folder.read_json(tmp_path / "none.json")
+
+
+def test_values_that_no_picture_can_have_are_found_before_the_training(tiny_data, tmp_path):
+    """NaN, negative numbers, 32 bits: of a test image, which the training does not decode."""
+    pictures = {"nan": np.full((64, 64), np.nan, np.float32), "negative": np.full((64, 64), -1, np.int32),
+                "large": np.full((64, 64), 2**17, np.int32)}
+    for name, pixels in pictures.items():
+        home = tmp_path / name
+        shutil.copytree(tiny_data / "screw", home / "screw")
+        Image.fromarray(pixels).save(home / "screw" / "test" / "good" / f"{name}.tif")
+        with pytest.raises(UsageError, match=f"{name}.tif"):
+            training_data("--data", home)
+
+
+def test_a_link_to_nothing_is_a_picture_that_is_missing(tiny_data, tmp_path):
+    """As git-annex and DVC leave them: told, and not passed over."""
+    home = shutil.copytree(tiny_data / "screw", tmp_path / "data" / "screw")
+    (home / "train" / "good" / "dead.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(UsageError, match="dead.png: No such file"):
+        training_data("--data", tmp_path / "data")
+    assert home / "train" / "good" / "dead.png" in data.image_files(home)
+
+
+def test_pictures_of_runs_are_no_pictures_of_products(tmp_path):
+    """--predict . with --out below it: what an earlier prediction has drawn is not predicted."""
+    opened(tmp_path / "found")
+    for name in ("a.png", "found/pictures/a.png", "found/masks/a.png", "found/mine/b.png", "other/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "other" / "args.json").write_text("{}")  # somebody else's
+    assert [path.name for path in data.image_files(tmp_path)] == ["a.png", "c.png"]
+    assert len(data.image_files(tmp_path / "found")) == 3, "who names it gets it"

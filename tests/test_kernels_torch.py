@@ -226,10 +226,11 @@ def test_loss_gradients():
 
 
 @given(scale=st.floats(1e-3, 1e3), angle=st.floats(0, math.pi), channels=st.integers(2, 40))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 def test_distance_depends_on_the_angle_only(scale, angle, channels):
     """1 - cos(angle), whatever the lengths of the vectors and the number of channels; within [0, 2]."""
-    basis = torch.linalg.qr(torch.randn(channels, 2)).Q  # two orthogonal unit vectors
+    random = torch.randn(channels, 2, generator=torch.Generator().manual_seed(0))
+    basis = torch.linalg.qr(random).Q  # two orthogonal unit vectors
     t = basis[:, 0].view(1, -1, 1, 1)
     s = scale * (math.cos(angle) * basis[:, 0] + math.sin(angle) * basis[:, 1]).view(1, -1, 1, 1)
     d = cosine_map([t], [s], 1).item()

@@ -481,6 +481,12 @@ def test_two_evaluations_of_one_checkpoint_give_the_same_bits(finished, tmp_path
         assert np.array_equal(np.load(file)["maps"], np.load(tmp_path / "b" / "maps" / file.name)["maps"])
 
 
+def test_every_step_goes_through_the_parallel_model(tiny_data, tmp_path, command, monkeypatch):
+    """Protects torchrun, which averages the gradients of what goes through it."""
+    words = ("--data", tiny_data, "--classes", "screw", *SMALL, "--steps", 2)
+    contract.check_every_step_is_parallel(omniad, words, [2], tmp_path / "run", command, monkeypatch)
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_killed_and_resumed_is_uninterrupted(finished, tiny_data, tmp_path, command, metrics_of):
     """SIGKILL between two checkpoints, then --resume: the numbers, the log and the weights of the run that was never
@@ -520,6 +526,15 @@ def test_every_ablation_runs(words, tiny_data, tmp_path, command, metrics_of):
     assert set(metrics_of(out)["classes"]) == {"screw"}
     scale = torch.load(out / "checkpoint.pt", weights_only=True)["model"]["scale"]
     assert (scale == 1).logical_xor(torch.tensor("--standardize" in words)).all()
+
+
+@pytest.mark.parametrize("branches", ["global", "local"])
+def test_one_branch_alone(branches):
+    """Table V: that branch, mixed, around the residual."""
+    block, x = omniad.OmniBlock(16, make(branches=branches)[1]), torch.randn(2, 4, 4, 16)
+    mixed = block.mix_in(getattr(block, f"{branches}_branch")(x))
+    mixed = F.instance_norm(mixed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    torch.testing.assert_close(block(x), x + block.mix_out(F.silu(mixed)))
 
 
 def test_features_computed_on_the_fly_train_the_same_model(tiny_data, tmp_path, command):

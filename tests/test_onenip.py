@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,6 +62,7 @@ def test_parts_of_the_paper_model():
 
 @pytest.mark.parametrize("prompt", ["none", "static", "dynamic"])
 def test_shapes(prompt):
+    """Reconstructions have the features' shape, the mask is four times as fine, with every kind of prompt."""
     model, args = make(prompt=prompt)
     normal, synthetic, p = batch()
     reconstructed, restored, mask = model(normal, synthetic, None if prompt == "none" else p)
@@ -640,6 +642,89 @@ def test_frozen_features_are_never_computed_in_mixed_precision(prompt_test, tiny
     assert seen == [False] * (2 if prompt_test == "random" else 1)
 
 
+def test_a_random_prompt_is_of_the_chosen_class(tiny_data):
+    """Table 4d: another image, but of the class whose prompt is wanted."""
+    images, seen = data.Images(data.load(str(tiny_data)).train, 64), []
+
+    class Watching(Passing):
+        def forward(self, batch):
+            seen.extend(batch)
+            return F.avg_pool2d(batch.float(), 16)
+
+    model, args = make(channels=3, prompt_test="random", prompt_class="given", image_size=64)
+    classes = sorted({sample.cls for sample in images.samples})
+    state = {"classes": classes, "scale": 1.0, "prompts": torch.randn(8, 3, 4, 4)}
+    run = runtime.Run("onenip", None, torch.device("cpu"))
+    score = onenip.Scorer(args, run, Watching(), model, state, images)
+    samples = images.samples[::6]  # one of each class
+    score.prompts_of(torch.randn(8, 3, 4, 4), samples)
+    assert len(seen) == 8
+    for picture, of_class in zip(seen, samples):
+        own = [images[i] for i, other in enumerate(images.samples) if other.cls == of_class.cls]
+        assert any(torch.equal(picture, image) for image in own), of_class.cls
+
+
+def test_the_scale_is_midway_over_normal_and_pseudo_anomalous_errors(tiny_data, monkeypatch):
+    """Departure 4: c = (max + min)/2 of S_rec over both."""
+    images = data.Images(data.load(str(tiny_data), classes=["screw"]).train, 64)
+    args = onenip.Args(image_size=64, prompt="none", refiner=False, batch_size=6)
+    errors = iter([torch.linspace(1, 3, 96).view(6, 1, 4, 4), torch.linspace(2, 9, 96).view(6, 1, 4, 4)])
+    monkeypatch.setattr(onenip, "reconstruct", lambda *_: (next(errors), None, None))
+    run = runtime.Run("onenip", None, torch.device("cpu"))
+    stream = onenip.Triplets(images, args, {"screw": 0}, 6, False)
+    seen = []
+
+    def frozen(batch):
+        seen.extend(batch["index"].tolist())
+
+    found = onenip.training_statistics(args, run, frozen, lambda x: None, SimpleNamespace(prompt="none"), stream,
+                                       {"classes": ["screw"], "prompts": torch.ones(1, 3, 4, 4)})
+    assert found["scale"] == pytest.approx((1 + 9) / 2)
+    assert sorted(seen) == list(range(6)), "every training image once"
+    assert found["normal_errors"].shape == (6, 1, 4, 4) and found["normal_logits"] is None
+
+
+def test_the_scale_of_the_test_set_is_midway_over_its_errors(tiny_data):
+    """The authors' c, over all test images, in batches whose last one is smaller."""
+    dataset = data.load(str(tiny_data), classes=["screw"])  # 7 test images
+    args = onenip.Args(image_size=64, batch_size=3, workers="0")
+    run = runtime.Run("onenip", None, torch.device("cpu"))
+    seen = []
+
+    def reconstruct(batch, samples):
+        assert len(batch) == len(samples)
+        first = len(seen)
+        seen.extend(samples)
+        errors = torch.arange(first, first + len(batch)).float() + 1  # 1 to 7
+        return errors.view(-1, 1, 1, 1).expand(-1, 1, 4, 4), None, None
+
+    found = onenip.scale_of_test_set(args, run, SimpleNamespace(reconstruct=reconstruct), dataset)
+    assert seen == dataset.test and found == pytest.approx((1 + 7) / 2)
+
+
+def test_opacity_of_draem(monkeypatch):
+    """Opacity 1 - β, β ~ U(0, 0.8): of a texture on black a fifth to all is seen."""
+    monkeypatch.setattr(onenip, "TEXTURE_OPS", [lambda texture, rng: texture] * 10)
+    image, texture, shares = np.zeros((64, 64, 3), np.uint8), np.full((64, 64, 3), 250, np.uint8), []
+    for seed in range(200):
+        out, mask = onenip.draem(image, np.random.default_rng(seed), texture)
+        if mask.any():
+            shares.append(out[mask].mean() / 250)
+    assert min(shares) > 0.19 and max(shares) > 0.95 and np.mean(shares) == pytest.approx(0.6, abs=0.05)
+
+
+def test_colour_jitter_has_the_stated_ranges():
+    """Brightness by 1 ± 0.4, hue by ± 0.1 of the circle (of which PIL makes 256 parts)."""
+    grey, red = (Image.new("RGB", (4, 4), colour) for colour in ((120, 120, 120), (200, 40, 40)))
+    levels, hues = [], []
+    for seed in range(300):
+        levels.append(np.asarray(onenip.colour_jitter(grey, np.random.default_rng(seed)))[0, 0, 0] / 120)
+        hsv = onenip.colour_jitter(red, np.random.default_rng(seed)).convert("HSV")
+        hues.append(np.asarray(hsv)[0, 0, 0].astype(np.int8))
+    assert 0.59 <= min(levels) < 0.65 and 1.35 < max(levels) <= 1.41
+    assert -28 <= min(hues) < -20 and 20 < max(hues) <= 28
+
+
 def test_score_of_an_image_does_not_depend_on_its_batch():
     score, _, _, _ = scorer()
     x, samples = torch.randn(4, 24, 4, 4), [sample(i, "a") for i in range(4)]
@@ -714,6 +799,12 @@ def test_metrics_by_epoch_change_nothing_and_end_at_the_result(tiny_data, tmp_pa
     again = contract.read_log(tmp_path / "resumed")
     assert [line for line in again if "test" in line] == tests and len(again) == len(log)
     assert metrics_of(tmp_path / "resumed") == plain
+
+
+def test_every_step_goes_through_the_parallel_model(tiny_data, tmp_path, command, monkeypatch):
+    """Protects torchrun, which averages the gradients of what goes through it."""
+    words = ("--data", tiny_data, "--classes", "screw", *SMALL, "--steps", 2)
+    contract.check_every_step_is_parallel(onenip, words, [2], tmp_path / "run", command, monkeypatch)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
@@ -934,7 +1025,7 @@ def test_bad_input_ends_in_one_line_and_status_2(finished, tiny_data, tmp_path, 
         (("--eval", checkpoint, "--prompt-of", "spoon"), "spoon"),
         (("--eval", checkpoint, "--prompt-of", "screw", "--prompt-test", "wrong"), "--prompt-of"),
         (("--data", tiny_data, "--classes", "screw", "--prompt-test", "wrong"), "one class only"),
-        (("--eval", bad / "interrupted.pt"), "interrupted at step 4"),
+        (("--eval", bad / "interrupted.pt"), "step 4"),
         (("--data", tiny_data, "--lr", "1e30", "--clip", "1e30"), "NaN"),
     ]
     if not torch.cuda.is_available():
@@ -978,4 +1069,4 @@ def test_the_bank_is_what_one_process_makes_one_by_one(workers, tiny_data, tmp_p
         assert torch.equal(picture, expected.float()) and torch.equal(mask, expected_mask.float())
     args.memory_share = 0.0
     with pytest.raises(UsageError, match="--bank 3 does not fit"):
-        onenip.Bank(args, run, None, stream)
+        onenip.Bank.check_memory(args, run, len(images))

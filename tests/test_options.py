@@ -89,7 +89,10 @@ def test_help_begins_with_what_it_is_and_imports_nothing_heavy(script):
     ("--widht 3", "--widht"), ("--width 0", "--width 0"), ("--threads many", "--threads many"),
     ("--threads 0", "--threads"), ("--predict x.png", "--eval"),
     ("--eval nowhere.pt", "nowhere.pt"), ("--resume --out nowhere", "nowhere"),
-    ("--holdout 1.5", "--holdout"), ("--threshold 3", "--predict")])
+    ("--holdout 1.5", "--holdout"), ("--threshold 3", "--predict"), ("--eval .", "is a folder"),
+    (f"--seed {2**70}", "--seed"), (f"--threads {10**23}", "--threads"), ("--threads 3000", "--threads"),
+    (f"--batch-size {10**24}", "--batch-size"), ("--holdout inf", "finite"), ("--holdout nan", "finite"),
+    ("--out=", "--out"), ("--eval=", "--eval"), ("--data=", "--data")])
 def test_wrong_options_are_answered_before_torch(words, named, small_script):
     status, out, err = answer([small_script, *words.split()], cwd=small_script.parent)
     assert (status, out, err.count(b"\n")) == (2, b"", 1)
@@ -115,6 +118,22 @@ def test_nobody_reads(words, status, small_script):
     done = subprocess.run([sys.executable, small_script, *words], stdout=write, stderr=write, timeout=50)
     os.close(write)
     assert done.returncode == status
+
+
+@pytest.mark.parametrize("words, status", [("--help", 0), ("--widht 3", 2)])
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_nobody_has_opened(closed, words, status, small_script):
+    """As under cron and some daemons: stdout or stderr is closed from the start. Nothing else changes."""
+    command = f"exec {sys.executable} {small_script} {words} {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=50)
+    assert done.returncode == status and b"Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_without_docstrings(script):
+    """python -OO drops them."""
+    status, out, err = answer(["-OO", ROOT / f"{script}.py", "--help"])
+    assert (status, err) == (0, b"") and b"--steps" in out
 
 
 def test_nobody_reads_what_a_command_prints(tiny_data):
@@ -236,7 +255,7 @@ def test_the_default_folder_is_named_by_what_was_typed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words", [("--corrupt", "contrast"), ("--shift", "all"), ("--save-maps",)])
 def test_what_prediction_does_not_do_is_refused(words, tmp_path):
-    with pytest.raises(UsageError, match=f"{words[0]} goes not with --predict"):
+    with pytest.raises(UsageError, match=f"{words[0]} cannot be combined with --predict"):
         parse("--eval", checkpoint(tmp_path / "c.pt"), "--predict", tmp_path, *words)
 
 

@@ -258,6 +258,7 @@ def test_options_of_a_row_find_it(row):
 
 
 def test_onenip():
+    """The numbers beside a run of the paper's setting: Table 1, and Tables 5 and 6 for each class."""
     found = numbers("onenip")
     assert found.keys() == {"source", "mean", "classes"}
     assert found["source"] == "OneNIP (ECCV 2024), Tables 1, 5 and 6"
@@ -351,6 +352,7 @@ def test_roads_without_prompts_and_adapter():
 
 
 def test_cada():
+    """The numbers beside a run of the paper's setting: Table 1, with those of the pool."""
     found = numbers("cada")
     assert found["source"] == "CADA (arXiv 2404.00724), Table 1"
     assert found["mean"]["p_ap"] == 0.57 and found["mixed"]["p_ap"] == 0.531

@@ -116,17 +116,26 @@ def test_nan_scores_are_refused_by_name(run, tiny_data):
 
 
 def test_pictures_show_best_median_and_worst(run, tiny_data):
-    """One picture per class: four strips of four panels and the histogram; the first panel is the input itself."""
+    """One picture per class: four strips of four panels and the histogram. The panels: the input itself, the truth, the
+    map in one scale for all strips."""
     dataset = data.load(str(tiny_data), classes=["screw"])
     report.evaluate(run, Args(), dataset, darkness, setting=SETTING, seconds=0)
     picture = np.asarray(Image.open(run.out / "pictures" / "screw.png"))
     assert picture.shape == (4 * (64 + 18 + 4) + 120 + 18, 4 * 64 + 3 * 4, 3)
     scored = sorted((row for row in csv.DictReader(open(run.out / "scores.csv")) if row["label"] == "1"),
                     key=lambda row: float(row["score"]))
-    for place, row in ((0, scored[-1]), (1, scored[len(scored) // 2]), (2, scored[0])):
+    good = [row for row in csv.DictReader(open(run.out / "scores.csv")) if row["label"] == "0"]
+    worst_good = max(good, key=lambda row: float(row["score"]))
+    chosen = [scored[-1], scored[len(scored) // 2], scored[0], worst_good]
+    sample_of = {str(sample.image): sample for sample in dataset.test}
+    images = data.Images([sample_of[row["path"]] for row in chosen], 64)
+    maps = darkness(torch.stack([images[i] for i in range(4)]), images.samples)[0].numpy()
+    for place, row in enumerate(chosen):
         top = place * (64 + 18 + 4) + 18
-        expected = data.resize_image(data.read_image(row["path"]), 64)
-        assert np.array_equal(picture[top:top + 64, :64], expected)
+        panels = [picture[top:top + 64, left:left + 64] for left in (0, 68, 136)]
+        assert np.array_equal(panels[0], data.resize_image(data.read_image(row["path"]), 64))
+        assert np.array_equal(panels[1], pictures.truth(images.mask(place).numpy()))
+        assert np.array_equal(panels[2], pictures.heat(maps[place], maps.min(), maps.max()))
     assert (run.out / "pictures" / "overview.png").is_file()
 
 
@@ -453,6 +462,16 @@ def test_evaluation_survives_names_that_are_no_utf8(run, tiny_data, tmp_path):
     report.evaluate(run, Args(), data.load(str(tmp_path / "set")), darkness, setting=SETTING, seconds=0)
     assert good + b"/gr\xf6\xdfe.png,screw,0," in (run.out / "scores.csv").read_bytes()
     assert (run.out / "metrics.json").is_file()
+
+
+def test_deep_pictures_are_scaled_as_in_the_training(run, tmp_path):
+    """12 bits in 16: by the class's largest training value, and not by the picture's own."""
+    run.depths = {"a": 4095}
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(tmp_path / "in" / "1.png")
+    report.predict(run, Args(predict=[str(tmp_path / "in")]), darkness, 0.5)
+    row, = read_predictions(run)
+    assert float(row["score"]) == pytest.approx(1 - (1000 >> 4) / 255, abs=1e-4)
 
 
 def test_prediction_works_only_a_few_pictures_ahead(run, tmp_path, monkeypatch):

@@ -474,6 +474,7 @@ def test_no_operation_is_a_test_corruption(name):
 
 
 def test_view_is_a_function_of_its_generator():
+    """The same draw is the same view, another one is another; a view is clearly not the picture; every level runs."""
     image = photo()
 
     def view(*seed):
@@ -491,16 +492,18 @@ def test_view_is_augmix(monkeypatch):
     """Three chains of one to three operations each; the result lies between the picture and the mix of the chains."""
     calls = []
     monkeypatch.setattr(roads, "OPERATIONS", {
-        name: lambda image, level, name=name: calls.append((name, level)) or Image.new("RGB", image.size, "white")
+        name: lambda image, level, name=name: calls.append((name, level)) or Image.new("RGB", image.size, (90, 90, 90))
         for name in roads.OPERATIONS})
-    depths = set()
+    depths, values = set(), []
     for k in range(60):
         calls.clear()
         got = roads.out_of_domain(np.zeros((2, 2, 3), np.uint8), np.random.default_rng(k), 3)
         assert len(np.unique(got)) == 1, "one share for the whole picture"
         assert 3 <= len(calls) <= 9 and all(0.1 <= level <= 3 for _, level in calls)
         depths.add(len(calls))
+        values.append(got[0, 0, 0])
     assert depths == set(range(3, 10))
+    assert max(values) <= 90 and 30 < np.mean(values) < 60, "between the picture, 0, and the mix of the chains, 90"
 
 
 def test_training_stream():
@@ -514,7 +517,7 @@ def test_training_stream():
     a, b = stream[13], stream[13]
     assert all(torch.equal(a[name], b[name]) for name in ("image", "view", "shifted"))
     assert torch.equal(a["image"], images[a["index"]])
-    assert torch.equal(a["view"], roads.shrink(images[a["index"]][None], 8)[0]) and a["shifted"].shape == (3, 8, 8)
+    assert torch.equal(a["view"], roads.resized(images[a["index"]][None], 8)[0]) and a["shifted"].shape == (3, 8, 8)
     again = next(k for k in range(14, 100) if stream[k]["index"] == a["index"])
     assert torch.equal(stream[again]["view"], a["view"]) and not torch.equal(stream[again]["shifted"], a["shifted"])
     assert set(roads.Stream(images, 3, 4, False, 8, 3)[0]) == {"index", "view", "shifted"}
@@ -523,8 +526,8 @@ def test_training_stream():
 def test_shrink():
     """Antialiased: a fine checkerboard becomes grey; the same size changes nothing."""
     board = (torch.arange(32)[:, None] + torch.arange(32)).remainder(2).mul(255).to(torch.uint8).expand(1, 3, 32, 32)
-    assert torch.equal(roads.shrink(board, 32), board)
-    small = roads.shrink(board, 8)
+    assert torch.equal(roads.resized(board, 32), board)
+    small = roads.resized(board, 8)
     assert small.dtype == torch.uint8 and small.shape == (1, 3, 8, 8)
     assert (small[:, :, 1:-1, 1:-1].float() - 127.5).abs().max() <= 1
 
@@ -672,6 +675,12 @@ def test_end_to_end(finished):
     assert state["step"] == 12 and state["normal_score"] > 0 and state["classes"] == sorted(result["classes"])
     assert 0.125 < result["setting"]["selector accuracy"] <= 1
     assert 0 <= result["setting"]["I-AUROC, class given"] <= 1
+
+
+def test_every_step_goes_through_the_parallel_model(tiny_data, tmp_path, command, monkeypatch):
+    """Protects torchrun, which averages the gradients of what goes through it."""
+    words = ("--data", tiny_data, "--classes", "screw", *SMALL, "--steps", 2)
+    contract.check_every_step_is_parallel(roads, words, [2], tmp_path / "run", command, monkeypatch)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
