@@ -32,6 +32,7 @@ PAGE = Path(__file__).resolve().parent / "labs.md"
 ROOT = PAGE.parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts are imported from within the folder of the runs
 ROW = re.compile(r"\| (?:`(runs/[\w-]+)`|printed) \| .*`([^`]+)` \| (.*) \|$")
+RUN = re.compile(r"runs/[\w-]+")
 DIFF = re.compile(r"--- (\w+)\.py\n- (.*)\n\+ (.*)\n")
 
 
@@ -58,7 +59,26 @@ def read(text):
     return labs
 
 
+def needed(lab, labs):
+    """The labs, in order, that make the runs which this one looks at and doesn't make itself."""
+    named = {name for name, _, _ in lab.rows if name}
+    named |= set(RUN.findall("".join(text for _, text in lab.blocks)))
+    return [other for other in labs if other.number != lab.number and named & made_by(other)]
+
+
+def made_by(lab):
+    """The runs that a lab's commands write."""
+    return set(re.findall(rf"--out ({RUN.pattern})", "".join(text for _, text in lab.blocks)))
+
+
 # ------------------------------------------------------------------------------------- running
+
+
+def prepare(lab, labs, seed, folder, small=None):
+    """Runs the labs whose runs this one looks at, if one of these is missing below `folder`."""
+    for other in needed(lab, labs):
+        if not all((folder / name / "metrics.json").is_file() for name in made_by(other)):
+            run(other, seed, folder, small)
 
 
 def run(lab, seed, folder, small=None):
@@ -84,13 +104,17 @@ def run(lab, seed, folder, small=None):
 def _inside(folder):
     """In this folder, with the data where they were."""
     folder.mkdir(parents=True, exist_ok=True)
-    before = Path.cwd()
-    os.environ["AD_DATA"] = str(Path(os.environ.get("AD_DATA") or "data").resolve())
+    before, data = Path.cwd(), os.environ.get("AD_DATA")
+    os.environ["AD_DATA"] = str(Path(data or "data").resolve())
     os.chdir(folder)
     try:
         yield
     finally:
         os.chdir(before)
+        if data is None:
+            del os.environ["AD_DATA"]
+        else:
+            os.environ["AD_DATA"] = data
 
 
 def _printed_by(function, *arguments):
@@ -160,8 +184,10 @@ def _number(name, key, printed):
 
 
 def expectation(values):
-    """Numbers of several seeds -> the text of the table's last column."""
-    mean, deviation = np.mean(values), np.std(values)
+    """Numbers of several seeds -> the text of the table's last column: mean ± the deviation of a
+    sample, as in README's tables."""
+    mean = np.mean(values)
+    deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
     if mean != 0 and abs(mean) < 0.1:
         return f"{mean:.1e}"
     digits = 0 if abs(mean) >= 1000 else 1
@@ -194,7 +220,7 @@ def numbers(lab, seed, folder, keep):
 
 def main(argv=None):
     parser = argparse.ArgumentParser("python -m docs.labs", description=__doc__.split("\n")[0])
-    parser.add_argument("--lab", type=int, help="only this one (some need the runs of those before)")
+    parser.add_argument("--lab", type=int, help="only this one, and before it those whose runs it needs")
     parser.add_argument("--seeds", default="0", help="separated by commas (default: 0)")
     parser.add_argument("--out", default="runs/labs", help="folder of the runs (default: runs/labs)")
     parser.add_argument("--keep", action="store_true", help="do not run what was run there before")
@@ -202,13 +228,16 @@ def main(argv=None):
     args = parser.parse_args(argv)
     seeds = tables.seeds_of(args.seeds)
     out = Path(args.out).resolve()
-    labs = read(PAGE.read_text())
+    page = labs = read(PAGE.read_text())
     if args.lab is not None:
-        labs = [lab for lab in labs if lab.number == args.lab]
+        labs = [lab for lab in page if lab.number == args.lab]
         if not labs:
             parser.error(f"--lab {args.lab}: no such lab in {PAGE.name}")
     for lab in labs:
-        results = [numbers(lab, seed, out / str(seed), args.keep) for seed in seeds]
+        results = []
+        for seed in seeds:
+            prepare(lab, page, seed, out / str(seed))
+            results.append(numbers(lab, seed, out / str(seed), args.keep))
         print(f"\n{lab.number} {lab.title}")
         texts = {}
         for name, key, value in lab.rows:

@@ -1,6 +1,7 @@
 """The course's pages: every command of the labs runs, every number that they name comes out, every place exists."""
 
 import importlib
+import os
 import re
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("lab", PAGE, ids=[f"lab{lab.number}" for lab in PAGE])
 def test_the_lab_runs(lab, small, runs):
-    """In the page's order, as later labs look at the runs of earlier ones: each number of the tables comes out."""
+    """Each number of its table comes out, and whichever tests ran before, the runs that it looks at exist."""
+    labs.prepare(lab, PAGE, 0, runs, small)
     found = labs.run(lab, 0, runs, small)
     assert len(found) == len(lab.rows) >= 3
     assert all(value == value for value in found.values())  # not NaN
@@ -44,9 +46,10 @@ def test_the_lab_runs(lab, small, runs):
 @pytest.mark.slow
 @pytest.mark.parametrize("lab", PAGE, ids=[f"lab{lab.number}" for lab in PAGE])
 def test_the_numbers_of_the_page_come_out(lab, tmp_path_factory):
-    """The labs as a student runs them (`-n 0`: later labs look at the runs of earlier ones). Another machine sums in
-    another order, so a number may lie some deviations of the three seeds, or a fifth of itself, off."""
+    """The labs as a student runs them. Another machine sums in another order, so a number may lie some deviations of
+    the three seeds, or a fifth of itself, off."""
     folder = tmp_path_factory.getbasetemp() / "page"
+    labs.prepare(lab, PAGE, 0, folder)
     for (name, key), value in labs.run(lab, 0, folder).items():
         text = next(row[2] for row in lab.rows if row[:2] == (name, key))
         mean, _, deviation = text.replace(",", "").partition(" ± ")
@@ -54,6 +57,27 @@ def test_the_numbers_of_the_page_come_out(lab, tmp_path_factory):
         if abs(float(mean)) < 1e-3:  # rounding, or a gradient that vanishes: its size is meant
             allowed = 3 * abs(float(mean))
         assert abs(value - float(mean)) <= allowed, (lab.number, name, key, value, text)
+
+
+def test_what_a_lab_needs_is_known():
+    """Which labs look at the runs of which others is read off their commands and tables, as the page says it."""
+    needs = {lab.number: [other.number for other in labs.needed(lab, PAGE)] for lab in PAGE}
+    assert {number: others for number, others in needs.items() if others} == {2: [1], 6: [5], 10: [3]}
+    assert "Labs 2, 6 and 10 use runs of labs 1, 5 and 3" in labs.PAGE.read_text()
+
+
+@pytest.mark.parametrize("data", [None, "somewhere"])
+def test_a_lab_leaves_the_process_as_it_was(data, tmp_path, monkeypatch):
+    """Folder and AD_DATA are those of before; inside, AD_DATA names the same folder from the folder of the runs."""
+    monkeypatch.delenv("AD_DATA", raising=False)
+    if data:
+        monkeypatch.setenv("AD_DATA", data)
+    before = Path.cwd()
+    lines = "import os\nprint('there:', int(os.environ['AD_DATA'] == os.environ['WANTED']))\n"
+    monkeypatch.setenv("WANTED", str((before / (data or "data")).resolve()))
+    lab = labs.Lab(1, "One", [("python", lines)], [(None, "there:", "1")])
+    assert labs.run(lab, 0, tmp_path / "runs") == {(None, "there:"): 1}
+    assert Path.cwd() == before and os.environ.get("AD_DATA") == data
 
 
 def test_the_page_is_read():
@@ -66,6 +90,13 @@ def test_the_page_is_read():
         for name, key, value in lab.rows:
             assert re.fullmatch(r"-?[\d,]+(\.\d+)?(e-?\d+)?( ± [\d.]+)?", value), (lab.number, name, key, value)
     assert text.count("*Questions.*") == text.count("*Change.*") == 12
+
+
+def test_every_lab_has_its_answers():
+    """docs/answers.md has the labs' headings, in order, and of each the questions and the change."""
+    parts = (DOCS / "answers.md").read_text().split("\n## ")[1:]
+    assert [part.split("\n")[0] for part in parts] == [f"{lab.number} {lab.title}" for lab in PAGE]
+    assert all(part.count("\n- *") >= 3 for part in parts)
 
 
 def test_a_change_is_made():
@@ -89,7 +120,8 @@ def test_numbers_are_written():
     after = ["## 1 One", row.format("?"), "## 2 Two", row.format("5.0 ± 0.1"), other.format(7), ""]
     texts = {("runs/a", "mean/mad"): "5.0 ± 0.1", (None, "gap:"): "7"}
     assert labs.written("\n".join(before), 2, texts) == "\n".join(after)
-    assert labs.expectation([80.0, 82.0]) == "81.0 ± 1.0"
+    assert labs.expectation([80.0, 82.0, 84.0]) == "82.0 ± 2.0"  # of a sample
+    assert labs.expectation([80.0]) == "80.0"
     assert labs.expectation([12345678.0]) == "12,345,678"
     assert labs.expectation([3e-8, 3e-8]) == "3.0e-08"
 
@@ -102,8 +134,9 @@ def places(page):
     return re.findall(r"`([\w/]+)\.py:([\w.]+)`", (DOCS / page).read_text())
 
 
-@pytest.mark.parametrize("page", ["compare.md", "labs.md"])
+@pytest.mark.parametrize("page", ["answers.md", "compare.md", "labs.md"])
 def test_places_exist(page):
+    """A function that a page names by its file is there, so a reader who looks for it finds it."""
     found = places(page)
     assert found
     for file, name in found:
@@ -135,6 +168,7 @@ def test_glossary():
 
 
 def test_a_lab_that_is_not_there_is_refused(capsys):
+    """A mistyped number ends in one line that names the option, not in an empty success."""
     with pytest.raises(SystemExit) as error:
         labs.main(["--lab", "99"])
     assert error.value.code == 2 and "--lab 99" in capsys.readouterr().err

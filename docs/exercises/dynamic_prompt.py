@@ -8,7 +8,8 @@ is *now*; after each attention the residual and a norm, and on the prompt's side
     x <- norm3(x + feature_attention(query x + pos, key p + pos, value p))
 
 Both attentions respect the neighbour mask, `window`. The first public version of the authors' code
-had another third line, x + mlp(p), and still gave the published numbers.
+took the second line's output of the MLP in the third line, too, in the place of the attention:
+m = mlp(p), p <- norm2(p + m), x <- norm3(x + m). The published numbers are of that version.
 """
 
 import torch
