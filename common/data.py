@@ -58,7 +58,7 @@ from tqdm import tqdm
 
 from common import UsageError, corruptions, files, layouts, options
 from common.files import read_image, read_mask
-from common.folder import read_json
+from common.folder import read_json, short_name
 from common.layouts import BENCHMARKS, Sample
 
 MASK_RULES = ("half", "nearest", "any")
@@ -160,6 +160,7 @@ def load(name, root=None, classes=None, need_test=True):
         for source in sources:
             _add_source(dataset, source, unique, chosen, need_test, notes)
         _note_copies(dataset, notes)
+        _check_names(dataset.classes)
     except OSError as error:
         reason = f"cannot read {error.filename}: {error.strerror}"
         raise UsageError(f"--data {name}: {reason}") from error
@@ -306,6 +307,13 @@ def _reading(dataset, source):
     else:
         counts += ", none to test on"
     return f"{source.folder} read as {source.reading}; classes: {len(classes)} ({names}); {counts}"
+
+
+def _check_names(classes):
+    """Raises `UsageError` for a class whose name is too long for the files of a run that are called by it."""
+    for name in classes:
+        if short_name(name) != name:
+            raise UsageError(f"class '{name[:40]}...': the name of its folder is too long for a run's files; rename it")
 
 
 def _note_copies(dataset, notes):

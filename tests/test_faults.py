@@ -818,3 +818,14 @@ def test_pictures_of_runs_are_no_pictures_of_products(tmp_path):
     (tmp_path / "other" / "args.json").write_text("{}")  # somebody else's
     assert [path.name for path in data.image_files(tmp_path)] == ["a.png", "c.png"]
     assert len(data.image_files(tmp_path / "found")) == 3, "who names it gets it"
+
+
+def test_names_that_are_too_long(tiny_data, tmp_path):
+    """Of a class: told before the training, as its files could not be written after it. Of a picture: shortened."""
+    shutil.copytree(tiny_data / "screw", tmp_path / "data" / ("s" * 253))
+    with pytest.raises(UsageError, match="class 'sss.*rename it"):
+        training_data("--data", tmp_path / "data")
+    first, second = ("ä" * 120 + name for name in "ab")
+    short = folder.short_name(first)
+    assert len(os.fsencode(short)) <= folder.LONGEST and short != folder.short_name(second)
+    assert short.startswith("ä" * 90) and folder.short_name("bolt") == "bolt"

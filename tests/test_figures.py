@@ -122,12 +122,12 @@ def test_training(script, tiny_data, tmp_path, capsys):
     """A picture of each checkpoint and a strip; the last checkpoint is the run's; the maps change."""
     run, frames = tmp_path / "run", tmp_path / "run-frames"
     own = "--data", tiny_data, "--classes", "screw,terrazzo", "--image-size", 64
-    own += "--depths", "1,1,1,1", "--steps", 6
-    words = ["training", run, "--script", script, "--every", 2, "--", *own]
+    own += "--depths", "1,1,1,1", "--steps", 40
+    words = ["training", run, "--script", script, "--every", 10, "--", *own]
     assert figures.main([str(word) for word in words]) == 0
     steps = sorted(int(path.stem) for path in frames.glob("*.pt") if path.stem.isdigit())
-    assert steps[-1] == 6 and set(steps) <= {2, 4, 6} and len(steps) > 1
-    assert (frames / "6.pt").read_bytes() == (run / "checkpoint.pt").read_bytes()
+    assert steps[-1] == 40 and set(steps) <= {10, 20, 30, 40} and len(steps) > 1
+    assert (frames / "40.pt").read_bytes() == (run / "checkpoint.pt").read_bytes()
     pictures = [f"{n:03d}.png" for n in range(1, len(steps) + 1)]
     printed = [line.split("/")[-1] for line in capsys.readouterr().out.split()]
     assert printed == [*pictures, "strip.png"]
