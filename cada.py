@@ -378,7 +378,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from common import backbones, data, metrics, options, papers, pictures, report, runtime, thresholds
+from common import backbones, data, files, metrics, options, papers, pictures, report, runtime
+from common import thresholds
 from common.folder import read_json
 from common.maps import gaussian_window, image_score, name_of_power, name_of_rule
 
@@ -1001,13 +1002,13 @@ class Recorded:
                 f"--base-run {folder}: no {name}; do that run (or its --eval) again with "
                 "--save-maps"
             )
-        with np.load(folder / name) as file:
-            if "features" not in file:
-                raise UsageError(
-                    f"{folder / name}: holds no features; do that run again with --save-maps"
-                )
-            pairs = zip(file["maps"], file["features"])
-            self.kept.update(zip(file["paths"].tolist(), pairs))
+        file = files.read_arrays(folder / name)
+        if "features" not in file:
+            raise UsageError(
+                f"{folder / name}: holds no features; do that run again with --save-maps"
+            )
+        pairs = zip(file["maps"], file["features"])
+        self.kept.update(zip(file["paths"].tolist(), pairs))
 
     def __call__(self, images, samples):
         pairs = [self.kept[str(sample.image)] for sample in samples]

@@ -19,7 +19,7 @@ hold the normal patterns; the local one, depth-wise convolutions of two sizes, k
       output   x + Linear(SiLU(InstanceNorm(Linear(G + L))))                                                    (Eq. 5)
 
 Commands
-    python omniad.py                             embedded data, small model, six to eight minutes on one core:
+    python omniad.py                             embedded data, small model, about seven minutes on one core:
                                                  mean I-AUROC 87.5, P-AUROC 93.1, P-AP 39.6 (three seeds, README)
     python omniad.py --data mvtec                the paper's model and schedule (500 epochs: a GPU)
     torchrun --nproc_per_node=8 omniad.py --data mvtec --batch-size 2        the same on 8 GPUs: 16 images a step

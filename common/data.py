@@ -520,7 +520,7 @@ def states(paths):
 def free_memory():
     """Bytes that can be taken without swapping, as far as the system tells. (A container's own limit is not seen.)"""
     try:
-        with open("/proc/meminfo") as file:
+        with open("/proc/meminfo", encoding="ascii") as file:
             for line in file:
                 if line.startswith("MemAvailable"):
                     return int(line.split()[1]) * 1024

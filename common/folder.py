@@ -139,7 +139,7 @@ def _claim(out):
     key = out.resolve()
     if key in _claimed:  # to open and close the file again would drop the lock
         return
-    file = open(out / LOCK, "a")
+    file = open(out / LOCK, "ab")
     try:
         _lock(file)
     except OSError as error:

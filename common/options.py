@@ -256,7 +256,7 @@ def any_output():
     that are no UTF-8, and every sign that an old code page lacks. Closed ones are opened, on nothing."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started this, such as cron
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

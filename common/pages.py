@@ -9,7 +9,7 @@ import base64
 import csv
 import html
 import io
-import json
+import math
 import os
 import tempfile
 from collections import Counter
@@ -20,6 +20,8 @@ import numpy as np
 from PIL import Image
 
 from common import UsageError, data, metrics, pictures
+from common.files import read_arrays
+from common.folder import read_json
 
 THUMBNAIL = 160  # pixels of a picture's longer side
 FAILURES = 12  # at most so many misses of a class are shown, and as many false alarms
@@ -236,14 +238,18 @@ def _read_run(folder):
     for name in ("metrics.json", "scores.csv"):
         if not (folder / name).is_file():
             raise UsageError(f"{folder}: not a finished run of these scripts (no {name} in it)")
+    needed = "method", "data", "setting", "classes", "mean", "mixed", "images", "seconds", "seed", "commit"
+    result = read_json(folder / "metrics.json", needed)
     try:
-        result = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         rows = []
         scores = (folder / "scores.csv").read_text(encoding="utf-8", errors="surrogateescape")
         for row in csv.DictReader(io.StringIO(scores, newline="")):
             rows.append((row["path"], row["class"], int(row["label"]), float(row["score"])))
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder}: metrics.json or scores.csv is damaged ({error!r})") from error
+        raise UsageError(f"{folder}: scores.csv is damaged ({error!r})") from error
+    whole = all(label in (0, 1) and math.isfinite(score) for _, _, label, score in rows)
+    if not rows or not whole:
+        raise UsageError(f"{folder}: scores.csv is damaged (no rows, or a label or score that cannot be)")
     return result, rows
 
 
@@ -279,7 +285,7 @@ def _args(folder):
     file = folder / "args.json"
     if not file.is_file():
         return {}
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_json(file)
 
 
 def _failures_of_class(folder, cls, rows):
@@ -324,14 +330,13 @@ class _Maps:
     def __init__(self, folder, cls):
         self.index, file = {}, folder / "maps" / f"{cls}.npz"
         if file.is_file():
+            kept = read_arrays(file)
             try:
-                kept = np.load(file)
                 self.maps, self.masks = kept["maps"], kept["masks"]
                 self.scores, self.labels = kept["scores"], kept["labels"]
                 self.index = {path: i for i, path in enumerate(kept["paths"].tolist())}
-            except (ValueError, KeyError, OSError) as error:
-                raise UsageError(f"{file}: not readable ({error!r}); evaluate again with "
-                                 f"--save-maps") from error
+            except KeyError as error:
+                raise UsageError(f"{file}: it has no {error}; evaluate again with --save-maps") from None
             self.low, self.high = self.maps.min(), self.maps.max()
 
     def panels(self, path):

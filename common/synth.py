@@ -1091,7 +1091,7 @@ def draw(folder, train=40, test_good=10, test_bad=15, size=256, seed=0, progress
         with workplace(folder) as work:
             draw_all(work, tasks, seed, size, f"drawing {folder}", progress)
             marker = dict(version=VERSION, **wanted)
-            (work / MARKER).write_text(json.dumps(marker))
+            (work / MARKER).write_bytes(json.dumps(marker).encode())
             if not found(folder, wanted, tasks):  # unless another process was faster
                 if outdated:
                     shutil.rmtree(folder)
@@ -1121,12 +1121,14 @@ def replace(work, folder, wanted, tasks):
 
 
 def check(wanted):
-    """Raise UsageError for a parameter of `draw` that is no whole number or too small."""
+    """Raise UsageError for a parameter of `draw` that is no whole number, too small or too large."""
     smallest = dict(train=1, test_good=0, test_bad=0, size=64, seed=0)
+    largest = dict(train=10**6, test_good=10**6, test_bad=10**6, size=4096, seed=2**63)
     for name, least in smallest.items():
-        if not isinstance(wanted[name], int) or wanted[name] < least:
+        most = largest[name]
+        if not isinstance(wanted[name], int) or not least <= wanted[name] <= most:
             option = "--" + name.replace("_", "-")
-            raise UsageError(f"{option} is {wanted[name]!r}, but must be a whole number >= {least}")
+            raise UsageError(f"{option} is {wanted[name]!r}, but must be a whole number from {least} to {most}")
 
 
 def pictures(train, test_good, test_bad):
@@ -1173,7 +1175,7 @@ def found(folder, wanted, tasks):
     if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
         return False
     try:
-        marker = json.loads((folder / MARKER).read_text())
+        marker = json.loads((folder / MARKER).read_bytes())
         version = marker.pop("version")
     except (OSError, ValueError, KeyError, AttributeError):
         # perhaps somebody's own pictures: leave them alone

@@ -43,16 +43,17 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from common import UsageError, papers
-from common.folder import current_commit
+from common import UsageError, layouts, papers
+from common.folder import current_commit, read_json, write_atomic
+from common.layouts import BENCHMARKS
 from common.options import default_preset, exit_with
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 
 COLUMNS = papers.QUALITY | papers.COSTS
 
-# Of a training with the laptop preset, on the embedded data and two cores: the scripts' docstrings.
-MINUTES = {"onenip": 4, "omniad": 4, "roads": 3, "cada": 2}
+# Of a training with the laptop preset, on the embedded data and one core: the scripts' docstrings.
+MINUTES = {"onenip": 4, "omniad": 7, "roads": 6, "cada": 3}
 
 # Options of the scripts that leave a result as it is: runs with others of them are reused.
 FREE = ("data_root", "cache", "device", "workers", "log_every", "checkpoint_every")
@@ -143,20 +144,47 @@ def split(paper, words):
 
 
 def name_of(paper, data, words, seed):
-    """The name of a run's folder: readable, and another one for other options."""
+    """The name of a run's folder: readable, and another one for other options or data."""
     if os.sep in data or data == ".":
-        data = str(Path(data).resolve())
-        readable = [paper, Path(data).name]
+        readable = [paper, Path(data).resolve().name]
     else:
         readable = [paper, papers.by_name(data)]
+    place = "+".join(map(str, places(data, root_of(words))))
     words = without_free(words)
     readable += [word.removeprefix("--") for word in words]
     text = "-".join(readable)
     name = re.sub(r"[^\w.,+-]", "_", text)[:80]
-    if name != text or os.sep in data:
-        digest = hashlib.sha1("\0".join([paper, data, *words]).encode()).hexdigest()
+    if name != text or os.sep in place:  # other folders may have the same name
+        digest = hashlib.sha1(os.fsencode("\0".join([paper, place, *words]))).hexdigest()
         name += f"-{digest[:8]}"
     return f"{name}-seed{seed}"
+
+
+def places(data, root):
+    """What --data names, part by part: the folder, as `layouts.find` chooses it, or the name of a
+    data set that is the same wherever it lies."""
+    found = []
+    for part in parts_of(data):
+        if part in (*BENCHMARKS, "synth"):
+            found.append(part)
+        else:
+            found.append((Path(part) if os.path.isdir(part) else root / part).resolve())
+    return found
+
+
+def parts_of(data):
+    """The data sets joined in --data; a folder may have a + in its name."""
+    return [data] if os.path.isdir(data) else data.split("+")
+
+
+def root_of(words):
+    """Where the data sets lie: as the scripts see it, to which these words go."""
+    found = os.environ.get("AD_DATA")
+    for i, word in enumerate(words):
+        option, _, value = word.partition("=")
+        if option == "--data-root":
+            found = value or "".join(words[i + 1 : i + 2])
+    return Path(found or "data")
 
 
 def without_free(words):
@@ -253,7 +281,7 @@ class Runner:
             self.say(f"finished before: {job.folder}")
             return
         job.folder.mkdir(parents=True, exist_ok=True)
-        with open(job.folder / ".table.lock", "w") as lock:
+        with open(job.folder / ".table.lock", "wb") as lock:
             if fcntl:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -294,7 +322,7 @@ class Runner:
         environment = dict(os.environ)
         if self.at_once > 1:
             environment["OMP_NUM_THREADS"] = "1"
-        with open(output, "w") as file:
+        with open(output, "wb") as file:
             with self.lock:  # a child is either stopped by _stop or not started after it
                 if self.stopped:
                     return None
@@ -323,27 +351,56 @@ class Runner:
 
 def last_line(path):
     """The last line of a file that is not empty: a script's message, or a traceback's."""
-    lines = path.read_text(errors="replace").split("\n")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 # ----------------------------------------------------------------------------------------- numbers
 
 
+NEEDED = ("classes", "mean", "mixed", "commit", "versions")  # of metrics.json
+
+
 def measured(job):
-    """metrics.json of a finished run, with "costs" where its training knows them."""
-    result = json.loads((job.folder / "metrics.json").read_text())
+    """metrics.json of a finished run, with "costs" where its training knows them.
+
+    Raises:
+        UsageError: one of the two files is damaged.
+    """
+    result = read_json(job.folder / "metrics.json", NEEDED)
     path = (job.training or job).folder / "costs.txt"
     if path.is_file():
-        result["costs"] = costs_of(path.read_text())
+        result["costs"] = costs_of(path)
     return result
 
 
-def costs_of(text):
-    """The total of what --flops prints -> {"params_m": millions, "flops_g": billions}."""
-    total = next(line for line in text.splitlines() if line.startswith("total"))
-    parameters, operations = (int(word.replace(",", "")) for word in total.split()[1:3])
+def costs_of(path):
+    """The total in a file of what --flops prints -> {"params_m": millions, "flops_g": billions}."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        (total,) = [line for line in lines if line.startswith("total")]
+        parameters, operations = (int(word.replace(",", "")) for word in total.split()[1:3])
+    except ValueError:
+        raise UsageError(f"{path} is damaged: it has no total; delete it") from None
     return {"params_m": parameters / 1e6, "flops_g": operations / 1e9}
+
+
+def check_finished(jobs):
+    """Refuse a finished run that cannot be read: now, and not when all others are through."""
+    for job in jobs:
+        if job.state != "finished":
+            continue
+        try:
+            measured(job)
+            if job.training is None:
+                preset_of(job)
+        except UsageError as error:
+            raise UsageError(f"{error}; without {job.folder} it is run anew") from None
+
+
+def preset_of(training):
+    """The preset of a finished training."""
+    return read_json(training.folder / "args.json", ("preset",))["preset"]
 
 
 def value(result, condition, place, metric):
@@ -522,8 +579,7 @@ class Table:
         for of_seed in self.chains.values():
             for training, *_ in of_seed.values():
                 if training.state == "finished":
-                    options = json.loads((training.folder / "args.json").read_text())
-                    add_new(presets, options["preset"])
+                    add_new(presets, preset_of(training))
         return {"commits": commits, "versions": versions, "presets": presets}
 
     def grid(self):
@@ -756,6 +812,14 @@ def check(args):
     if args.out is None:
         data = Path(args.data).resolve().name
         args.out = Path("runs/tables") / f"{args.paper}-{args.table}-{data}"
+    for name, folder in (("--runs", args.runs), ("--out", args.out)):
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"{name} {folder} is a file; name a folder")
+    if args.dry_run:
+        return
+    for part in parts_of(args.data):
+        if part != "synth":  # which is drawn where it is missing
+            layouts.find(part, root_of(args.words))
 
 
 def seeds_of(text):
@@ -799,11 +863,13 @@ def main(argv=None):
         chains[row.name] = {}
         for seed in args.seeds:
             chains[row.name][seed] = chain_of(row, seed, shift, args, commit)
+    check_finished(job for of_seed in chains.values() for chain in of_seed.values() for job in chain)
     if args.dry_run:
         print_commands(chains)
         print(f"\n{Table(args, rows, chains, {}).text()}", end="")
         return 0
     warn_of_changes(commit)
+    args.out.mkdir(parents=True, exist_ok=True)  # before the hours of the runs
     failed = run(args, possible, chains)
     table = Table(args, rows, chains, failed)
     print(f"\n{table.text()}", end="")
@@ -846,14 +912,13 @@ def joined(chains):
 
 
 def write(args, table):
-    """table.md and table.json."""
-    args.out.mkdir(parents=True, exist_ok=True)
+    """table.md and table.json. What is no UTF-8 in a file name is written as \\udc.., as in JSON."""
     text = table.text()
     for name, lines in table.commands().items():
         text += f"\n{name}\n\n" + "".join(f"    {line}\n" for line in lines)
-    (args.out / "table.md").write_text(f"# {text}", encoding="utf-8")
+    write_atomic(args.out / "table.md", f"# {text}".encode(errors="backslashreplace"))
     content = json.dumps(table.as_dict(), indent=1, ensure_ascii=False) + "\n"
-    (args.out / "table.json").write_text(content, encoding="utf-8")
+    write_atomic(args.out / "table.json", content.encode(errors="backslashreplace"))
     print(f"\n{args.out}: table.md, table.json")
 
 

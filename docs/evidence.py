@@ -31,7 +31,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UsageError, papers, tables
+from common import UsageError, data, papers, tables
 from common.folder import write_atomic
 from common.options import exit_with
 
@@ -239,7 +239,14 @@ def files(results):
 
 
 def read(file):
-    return json.loads(file.read_text()) if file.is_file() else []
+    """The records; none where there is no such file. Raises UsageError if it is something else."""
+    if not file.is_file():
+        return []
+    try:
+        found = json.loads(file.read_bytes())
+        return [record for record in found if record["row"] and record["classes"]]
+    except (ValueError, TypeError, LookupError):
+        raise UsageError(f"{file} is damaged: it holds no list of results") from None
 
 
 def write(file, found):
@@ -352,7 +359,7 @@ def text_of(found):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser("python -m docs.evidence", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("python -m docs.evidence", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", default="", help="folder in MVTec layout; without it: no training")
     parser.add_argument("--teacher", default="resnet18", choices=TEACHERS, help="frozen network")
     parser.add_argument("--weights", default="", help="file of its weights")
@@ -376,7 +383,16 @@ def check(args):
     for name in ("minutes", "jobs"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if not args.data:
+        return
     args.data, args.weights = (path and os.path.abspath(path) for path in (args.data, args.weights))
+    file = file_of(args.results, args.data, args.teacher)
+    classes = data.load(args.data).classes
+    for record in read(file):
+        if list(record["classes"]) != classes or record["minutes"] != args.minutes:
+            raise UsageError(
+                f"{file} is of other classes or another --minutes: give another folder with --results"
+            )
 
 
 def train(args):

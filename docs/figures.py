@@ -27,7 +27,6 @@ import argparse
 import csv
 import importlib
 import io
-import json
 import shutil
 import subprocess
 import sys
@@ -44,6 +43,7 @@ from scipy import ndimage
 
 import kernels
 from common import UsageError, corruptions, data, files, options, pictures, report, runtime
+from common.folder import read_json
 from kernels.cross_attention import neighbours
 
 ROOT = Path(__file__).resolve().parent.parent  # of the scripts
@@ -531,14 +531,13 @@ def kept_maps(folder):
     """A run's method, and {class: what --save-maps kept of its test images}."""
     if not (folder / "metrics.json").is_file():
         raise UsageError(f"{folder}: no finished run (no metrics.json)")
-    result = json.loads((folder / "metrics.json").read_text())
+    result = read_json(folder / "metrics.json", ("method", "classes"))
     kept = {}
     for cls in result["classes"]:
         path = folder / "maps" / f"{cls}.npz"
         if not path.is_file():
             raise UsageError(f"{folder}: no maps/{cls}.npz; do that run's --eval with --save-maps")
-        with np.load(path) as file:
-            kept[cls] = dict(file)
+        kept[cls] = files.read_arrays(path)
     return result["method"], kept
 
 
@@ -570,11 +569,19 @@ def median_defect(of_class):
 # ----------------------------------------------------------------------------------------------- main
 
 
+def check_picture(path):
+    """Raises UsageError if no picture can be written there."""
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise UsageError(f"--out {path}: name a picture, such as hero.png")
+    if not path.parent.is_dir():
+        raise UsageError(f"--out {path}: there is no folder {path.parent}")
+
+
 def main(argv=None):
     """Returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if "--" in words else len(words)
-    parser = argparse.ArgumentParser("python -m docs.figures", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("python -m docs.figures", description=(__doc__ or "").split("\n")[0])
     runs = "a finished run; or hero RUN RUN ...; or training RUN"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=runs)
     parser.add_argument("--classes", default="", help="classes to show, separated by commas")
@@ -588,6 +595,7 @@ def main(argv=None):
         if first == "hero" and not others:
             raise UsageError("hero: give the folders of finished runs, of each method one")
         if first == "hero":
+            check_picture(Path(args.out))
             print(draw_hero(others, Path(args.out)))
             print(args.out)
         elif first == "training":

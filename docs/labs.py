@@ -160,7 +160,7 @@ def _module(script, change):
 def changed_source(change):
     """(script, line, the line in its place) -> the script's source. The line must be there once."""
     script, old, new = change
-    source = (ROOT / f"{script}.py").read_text()
+    source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     found = [line for line in source.splitlines() if line.strip() == old.strip()]
     if len(found) != 1:
         raise ValueError(f"{script}.py has {len(found)} lines '{old}'")
@@ -174,7 +174,7 @@ def _number(name, key, printed):
             if line.startswith(key):
                 return float(line.split()[-1].replace(",", ""))
         raise ValueError(f"no printed line begins with '{key}'")
-    value = json.loads(Path(name, "metrics.json").read_text())
+    value = json.loads(Path(name, "metrics.json").read_bytes())
     for word in key.split("/"):
         value = value[word]
     return 100 * value
@@ -212,14 +212,14 @@ def numbers(lab, seed, folder, keep):
     """What `run` gives; it is kept beside the runs. keep: take what is there, if it is."""
     file = folder / f"lab{lab.number}.json"
     if keep and file.is_file():
-        return {(name, key): value for name, key, value in json.loads(file.read_text())}
+        return {(name, key): value for name, key, value in json.loads(file.read_bytes())}
     found = run(lab, seed, folder)
-    file.write_text(json.dumps([(*where, value) for where, value in found.items()]))
+    file.write_bytes(json.dumps([(*where, value) for where, value in found.items()]).encode())
     return found
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("python -m docs.labs", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("python -m docs.labs", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--lab", type=int, help="only this one, and before it those whose runs it needs")
     parser.add_argument("--seeds", default="0", help="separated by commas (default: 0)")
     parser.add_argument("--out", default="runs/labs", help="folder of the runs (default: runs/labs)")
@@ -228,7 +228,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     seeds = tables.seeds_of(args.seeds)
     out = Path(args.out).resolve()
-    page = labs = read(PAGE.read_text())
+    page = labs = read(PAGE.read_text(encoding="utf-8"))
     if args.lab is not None:
         labs = [lab for lab in page if lab.number == args.lab]
         if not labs:
@@ -244,7 +244,8 @@ def main(argv=None):
             texts[name, key] = expectation([result[name, key] for result in results])
             print(f"  {name or 'printed':<22} {key:<44} {texts[name, key]:<16} page: {value}", flush=True)
         if args.write:
-            PAGE.write_text(written(PAGE.read_text(), lab.number, texts))
+            text = written(PAGE.read_text(encoding="utf-8"), lab.number, texts)
+            PAGE.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -62,7 +62,11 @@ class Args(Options):
     )
     batch_size: int = option(4, "images at a time", group="scoring", low=1)
     sigma: float = option(
-        4.0, "Gaussian smoothing of the map, in pixels; 0: none", group="scoring", low=0.0
+        4.0,
+        "Gaussian smoothing of the map, in pixels; 0: none",
+        group="scoring",
+        low=0.0,
+        high=100.0,
     )
 
 
@@ -207,10 +211,10 @@ def main():
     class_names = state["classes"] if state else dataset.classes
     features = run.rank0_first(Features, args).to(run.device)
     memory = Memory(len(class_names), args.patches, features.channels).to(run.device)
-    run.open(args)
     if state:
         runtime.load_model(memory, state["model"], args.eval)
-    else:
+    run.open(args)
+    if not state:
         state = fill(args, run, features, memory, images, class_names)
     score = Scorer(args, run, features, memory, class_names)
     if args.predict:

@@ -192,7 +192,7 @@ def _lost(device):
     file = results_file(torch.cuda.get_device_name(device))
     if not file.exists():
         return frozenset()
-    rows = json.loads(file.read_text())["rows"]
+    rows = json.loads(file.read_bytes())["rows"]
     worse = ("slower", "wrong", "fails")
     return frozenset(row["row"] for row in rows if row["verdict"] in worse)
 

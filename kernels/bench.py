@@ -320,7 +320,7 @@ def gradient(function, inputs, leaves):
 
 def main():
     parser = argparse.ArgumentParser(
-        prog="python -m kernels.bench", description=__doc__.split("\n")[0]
+        prog="python -m kernels.bench", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--cpu", action="store_true", help="time the PyTorch path on this CPU")
     if parser.parse_args().cpu:

@@ -26,6 +26,8 @@ from pathlib import Path
 
 import torch
 
+from common.folder import write_atomic
+
 from . import aot, bench
 from .backend import HAS_TRITON, INTERPRET, compare, dtype_name, results_file, triton
 from .cosine_map import (
@@ -355,11 +357,14 @@ def without_gpu(file):
 
 def main():
     parser = argparse.ArgumentParser(
-        prog="python -m kernels.check", description=__doc__.split("\n")[0]
+        prog="python -m kernels.check", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file")
     file = parser.parse_args().json
     file = file.absolute() if file else None
+    if file and (file.is_dir() or not file.parent.is_dir()):  # before the check, which takes minutes
+        print(f"kernels.check: --json {file}: no place for a file", file=sys.stderr)
+        return 2
     if not torch.cuda.is_available() and not INTERPRET:
         return without_gpu(file)
     torch.manual_seed(0)
@@ -371,7 +376,7 @@ def main():
         counts[record["verdict"]] = counts.get(record["verdict"], 0) + 1
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     if file:
-        file.write_text(json.dumps({"machine": facts, "rows": records}, indent=1) + "\n")
+        write_atomic(file, (json.dumps({"machine": facts, "rows": records}, indent=1) + "\n").encode())
         print(f"written to {file}")
     if torch.cuda.is_available() and counts.get("slower"):
         print(f'for "auto" to take PyTorch where it is faster: {results_file(facts["card"])}')

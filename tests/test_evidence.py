@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from common import UsageError
 from docs import evidence
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "measured.md"
@@ -92,3 +93,58 @@ def test_spread():
     assert evidence.spread([1.0, 3.0]) == "2.0 ± 1.4"
     assert evidence.spread([None, 3.0]) == "3.0"
     assert evidence.spread([None]) == "-"
+
+
+def cells_of(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def test_readme_has_the_numbers_of_the_results():
+    """README's table of seven real classes: row by row what the kept numbers give."""
+    titles = {"OneNIP": "onenip", "Omni-AD": "omniad", "ROADS": "roads-3", "ROADS without prompts": "roads-1",
+              "reverse distillation, the base of CADA": "revdist", "nearest neighbour": "nearest"}
+    lines = (PAGE.parent.parent / "README.md").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("| seven real classes"))
+    rows = {cells_of(line)[0]: cells_of(line)[1:] for line in lines[first + 2 : first + 2 + len(titles)]}
+    assert rows.keys() == titles.keys()
+
+    def text(teacher, row, calibration, part, metric):
+        found = evidence.read(evidence.RESULTS / f"real-{teacher}.json")
+        found = [r[part][metric] for r in found if (r["row"], r["calibration"]) == (row, calibration)]
+        return evidence.spread(found) if found else ""
+
+    for title, row in titles.items():
+        plain, pool = (row, "none", "mean"), (row, "cada", "mixed", "i_auroc")
+        expected = [text("efficientnet_lite0", *plain, "i_auroc"),
+                    text("efficientnet_lite0", row, "none", "mixed", "i_auroc"), text("efficientnet_lite0", *pool)]
+        expected += [text("efficientnet_lite0", *plain, metric) for metric in ("p_auroc", "p_ap", "p_aupro")]
+        expected += [text("resnet18", *plain, "i_auroc"), text("resnet18", *pool), text("resnet18", *plain, "p_ap")]
+        assert rows[title] == expected, title
+
+
+def test_results_of_other_data_are_not_mixed(small, tiny_data, tmp_path):
+    """Two folders of one name share a file of results: refused before anything runs, as is another budget."""
+    words = ["--teacher", "efficientnet_lite0", "--rows", "revdist", "--minutes", "1", "--runs", str(tmp_path / "runs"),
+             "--results", str(tmp_path)]
+    for place, cls in (("a", "screw"), ("b", "capsule")):
+        shutil.copytree(tiny_data / cls, tmp_path / place / "images" / cls)
+    assert evidence.main(["--data", str(tmp_path / "a" / "images"), *words]) == 0
+    before = (tmp_path / "images-efficientnet_lite0.json").read_bytes()
+    for place, more in (("b", ()), ("a", ("--minutes", "2"))):
+        with pytest.raises(UsageError, match="images-efficientnet_lite0.json is of other classes or another --minutes"):
+            evidence.main(["--data", str(tmp_path / place / "images"), *words, *more])
+    assert (tmp_path / "images-efficientnet_lite0.json").read_bytes() == before
+    with pytest.raises(UsageError, match="nowhere"):
+        evidence.main(["--data", str(tmp_path / "nowhere"), *words])
+
+
+@pytest.mark.parametrize("content", ["[", "3", "{}", '[{"row": 1}]', "[1]"])
+def test_damaged_results_are_named(content, tmp_path):
+    """And not a traceback, which would come after a training."""
+    file = tmp_path / "real-resnet18.json"
+    file.write_text(content)
+    if content == "{}":
+        assert evidence.read(file) == []
+        return
+    with pytest.raises(UsageError, match="real-resnet18.json is damaged"):
+        evidence.read(file)

@@ -109,6 +109,8 @@ def test_bad_input(finished, tmp_path, capsys):
         ([out, "--classes", "moon"], "--classes moon"),
         (["hero", str(tmp_path)], "no finished run"),
         (["hero"], "folders of finished runs"),
+        (["hero", out, "--out", str(tmp_path / "no" / "h.png")], "there is no folder"),
+        (["hero", out, "--out", str(tmp_path / "h.xyz")], "h.xyz"),
         ([str(nearest)], "no pictures for nearest"),
     ]
     for words, named in cases:

@@ -231,3 +231,14 @@ def test_predicted_bytes_of_the_folded_read():
     tokens_read, map_reads = bench.few_token_traffic(bench.FEW_TOKENS["ROADS 64x64"], torch.bfloat16)
     assert round(tokens_read[0] / 1e6) == 34 and round(map_reads[0] / 1e6) == 67
     assert round(tokens_read[2] / 1e9, 1) == 5.4
+
+
+def test_a_place_for_the_result_is_looked_for_first(tmp_path, monkeypatch, capsys):
+    """The check takes minutes, on a card that may not be had again."""
+    monkeypatch.setattr(check, "without_gpu", lambda file: pytest.fail("it has begun"))
+    monkeypatch.setattr(check, "INTERPRET", False)
+    for place in (tmp_path / "no" / "x.json", tmp_path):
+        monkeypatch.setattr("sys.argv", ["check", "--json", str(place)])
+        assert check.main() == 2
+        err = capsys.readouterr().err
+        assert str(place) in err and err.count("\n") == 1

@@ -8,6 +8,7 @@ import html.parser
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 from urllib.parse import unquote_to_bytes
@@ -339,3 +340,35 @@ def test_browser_shows_the_runs(evaluated, tmp_path):
         found = browse(tmp_path / name, tmp_path)
         assert found["errors"] == [] and found["asked"] == [] and found["wide"] <= 0
         assert found["images"] and min(found["images"]) >= 64
+
+
+def test_the_script_finds_what_it_asks_for(predicted):
+    """Without a browser: every element that the page's script names is there; every figure has what it filters by."""
+    source = (predicted / "predictions.html").read_text(encoding="utf-8")
+    named = re.findall(r'getElementById\("(\w+)"\)', pages.SCRIPT) + ["folder", "verdict"]
+    assert "shown" in named and all(re.search(rf"id={name}\b", source) for name in named)
+    figures = re.findall(r"<figure[^>]*>", source)
+    assert len(figures) == 5 and all("data-folder=" in tag and "data-verdict=" in tag for tag in figures)
+    assert pages.SCRIPT in source
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("metrics.json", "[]", "metrics.json"), ("metrics.json", "null", "metrics.json"),
+    ("metrics.json", "{}", "metrics.json"),
+    ("metrics.json", "{", "metrics.json"), ("args.json", "[]", "args.json"), ("scores.csv", "", "scores.csv"),
+    ("scores.csv", "path,class,label,score\na,b,7,0.5\n", "scores.csv"),
+    ("scores.csv", "path,class,label,score\na,b,1,nan\n", "scores.csv"), ("maps/screw.npz", "cut", "screw.npz")])
+def test_damaged_files_of_a_run_are_named(name, content, said, evaluated, tmp_path, capsys):
+    """One line, status 2, no page."""
+    folder = shutil.copytree(evaluated[0], tmp_path / "run")
+    (folder / "run.html").unlink(missing_ok=True)
+    if content == "cut":
+        file = next((folder / "maps").glob("*.npz"))
+        said, content = file.name, None
+        file.write_bytes(file.read_bytes()[:500])
+    else:
+        (folder / name).write_text(content)
+    capsys.readouterr()
+    assert report.main([str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert said in err and "damaged" in err and err.count("\n") == 1 and not (folder / "run.html").exists()

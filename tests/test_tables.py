@@ -183,6 +183,7 @@ def test_words_after_the_dashes_go_to_every_command(desk):
 def test_other_data_are_other_runs(desk):
     """Also two folders of the same name."""
     for name in ("a/tiles", "b/tiles"):
+        Path(name, "tile", "train", "good").mkdir(parents=True)
         desk.run("omniad", "I", "--data", name)
         assert len(desk.calls()) == 1
     assert len({folder.name for folder in Path("runs/tables/runs").iterdir()}) == 2
@@ -362,6 +363,7 @@ def test_shifted_test_images(desk):
 
 def test_classes_have_lines(desk):
     """On the paper's data beside the paper's numbers; undefined ones are dashes."""
+    Path("data/mvtec/screw/train/good").mkdir(parents=True)
     out = desk.run("roads", "1", "--data", "mvtec").out
     assert lines_of(out, "ROADS, screw") == [["ours, mvtec", "75.0", "50.0"],
                                              ["paper, mvtec", "98.5", "99.6"]]
@@ -423,6 +425,8 @@ def test_starts_without_torch():
     (("onenip", "4a", "--", "--eval=x"), "--eval"),
     (("onenip", "4a", "--", "--no-refiner"), "--no-refiner"),
     (("onenip", "4c", "--", "--alpha", "0.3"), "--alpha"),
+    (("onenip", "4a", "--data", "nowhere"), "nowhere"),
+    (("onenip", "4a", "--out", __file__), "is a file"),
 ], ids=str)
 def test_wrong_words_end_in_one_line_before_anything_runs(desk, words, named):
     done = desk.run(*words)
@@ -433,7 +437,7 @@ def test_wrong_words_end_in_one_line_before_anything_runs(desk, words, named):
 def test_the_commit_is_the_checkouts():
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
                           capture_output=True, check=False).stdout.strip()
-    assert tables.current_commit().rstrip("+") == (head or "none")
+    assert (tables.current_commit() or "none").rstrip("+") == (head or "none")
 
 
 # ------------------------------------------------------------------------------------- the real one
@@ -464,3 +468,14 @@ def test_a_table_with_omniad_itself(tiny_data, tmp_path, monkeypatch, capsys):
     again = capsys.readouterr().out
     assert again.count("finished before") == 2 and "python " not in again
     assert again[again.index("| row") :] == first[first.index("| row") :]
+
+
+def test_data_of_one_name_are_not_one(monkeypatch):
+    """A folder below $AD_DATA is another one where that is elsewhere; the embedded data are the same everywhere."""
+    names = {}
+    for data in ("mine", "mine+synth", "synth", "mvtec"):
+        for place in ("/a", "/b"):
+            monkeypatch.setenv("AD_DATA", place)
+            names[data, place] = tables.name_of("onenip", data, (), 0)
+    assert names["mine", "/a"] != names["mine", "/b"] and names["mine+synth", "/a"] != names["mine+synth", "/b"]
+    assert names["synth", "/a"] == names["synth", "/b"] and names["mvtec", "/a"] == names["mvtec", "/b"]
