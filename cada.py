@@ -1669,6 +1669,7 @@ def evaluate(args, run, base, calibration, state, dataset):
         extra=after_pass,
         described=score.described if isinstance(base, Trained) else None,
         compare={"without calibration": plain.rep} if plain else None,
+        saved=plain.seconds if remember else 0.0,
     )
     if run.is_rank0:
         rows = report_thresholds(args, run, score, plain, correlations(passes[0]))

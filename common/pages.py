@@ -12,6 +12,8 @@ import io
 import math
 import os
 import tempfile
+import zipfile
+import zlib
 from collections import Counter
 from pathlib import Path
 from urllib.parse import quote_from_bytes
@@ -20,7 +22,6 @@ import numpy as np
 from PIL import Image
 
 from common import UsageError, data, metrics, pictures
-from common.files import read_arrays
 from common.folder import read_json
 
 THUMBNAIL = 160  # pixels of a picture's longer side
@@ -239,18 +240,45 @@ def _read_run(folder):
         if not (folder / name).is_file():
             raise UsageError(f"{folder}: not a finished run of these scripts (no {name} in it)")
     needed = "method", "data", "setting", "classes", "mean", "mixed", "images", "seconds", "seed", "commit"
-    result = read_json(folder / "metrics.json", needed)
+    return read_json(folder / "metrics.json", needed), read_scores(folder / "scores.csv")
+
+
+def read_scores(path):
+    """The rows (path, class, label, score) of a run's scores.csv. Raises UsageError if it is not
+    there or damaged."""
+    rows = []
     try:
-        rows = []
-        scores = (folder / "scores.csv").read_text(encoding="utf-8", errors="surrogateescape")
+        scores = path.read_text(encoding="utf-8", errors="surrogateescape")
         for row in csv.DictReader(io.StringIO(scores, newline="")):
             rows.append((row["path"], row["class"], int(row["label"]), float(row["score"])))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder}: scores.csv is damaged ({error!r})") from error
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, csv.Error):
+        rows = []
     whole = all(label in (0, 1) and math.isfinite(score) for _, _, label, score in rows)
     if not rows or not whole:
-        raise UsageError(f"{folder}: scores.csv is damaged (no rows, or a label or score that cannot be)")
-    return result, rows
+        raise UsageError(f"{path}: damaged, its rows are no path, class, label and score; do the "
+                         "run's --eval again")
+    return rows
+
+
+MAPS = ("maps", "masks", "scores", "labels", "paths")  # arrays of maps/CLASS.npz
+
+
+def load_maps(path, names=MAPS):
+    """What --save-maps kept of a class: {name: array (N, ...)}. Raises UsageError if it is damaged
+    or lacks one of these arrays."""
+    try:
+        with np.load(path) as file:
+            kept = dict(file)
+        lengths = {len(kept[name]) for name in names}
+    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+            NotImplementedError, zipfile.BadZipFile, zlib.error):
+        # what zipfile, zlib and numpy raise, depending on which byte is wrong
+        lengths = set()
+    if len(lengths) != 1 or 0 in lengths:
+        raise UsageError(f"{path}: damaged; evaluate again with --save-maps")
+    return kept
 
 
 def _problems(result):
@@ -330,13 +358,10 @@ class _Maps:
     def __init__(self, folder, cls):
         self.index, file = {}, folder / "maps" / f"{cls}.npz"
         if file.is_file():
-            kept = read_arrays(file)
-            try:
-                self.maps, self.masks = kept["maps"], kept["masks"]
-                self.scores, self.labels = kept["scores"], kept["labels"]
-                self.index = {path: i for i, path in enumerate(kept["paths"].tolist())}
-            except KeyError as error:
-                raise UsageError(f"{file}: it has no {error}; evaluate again with --save-maps") from None
+            kept = load_maps(file)
+            self.maps, self.masks = kept["maps"], kept["masks"]
+            self.scores, self.labels = kept["scores"], kept["labels"]
+            self.index = {path: i for i, path in enumerate(kept["paths"].tolist())}
             self.low, self.high = self.maps.min(), self.maps.max()
 
     def panels(self, path):

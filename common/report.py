@@ -141,7 +141,7 @@ def _in_order(rows, samples):
 
 
 def evaluate(run, args, dataset, score, *, setting, seconds, paper=None, extra=None, described=None,
-             compare=None):
+             compare=None, saved=0.0):
     """The evaluation of a trained model: metrics, tables, files.
 
     Args:
@@ -158,6 +158,8 @@ def evaluate(run, args, dataset, score, *, setting, seconds, paper=None, extra=N
             beside the maps by --save-maps. Default: no features are kept.
         compare: {name: `Pass.rep` of `measure`}, results that stand beside this one in a second
             table; or None.
+        saved: seconds of scoring that `score` has saved by an earlier pass over the same images; they
+            count as its own.
     Returns:
         The content of metrics.json.
     """
@@ -166,6 +168,7 @@ def evaluate(run, args, dataset, score, *, setting, seconds, paper=None, extra=N
     found = measure(
         run, args, dataset, score, corrupt=corrupt, keep=args.save_maps, described=described
     )
+    found.seconds += saved
     setting = {**setting, **_extra(extra), "mask": f"> 0, {args.mask_rule}",
                "metrics": found.rep["engine"], **_lost_masks(dataset, found)}
     result = _result(run, args, dataset, found, setting, seconds, paper, compare)

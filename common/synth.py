@@ -1096,10 +1096,10 @@ def draw(folder, train=40, test_good=10, test_bad=15, size=256, seed=0, progress
                 if outdated:
                     shutil.rmtree(folder)
                 replace(work, folder, wanted, tasks)
-    except (OSError, BrokenProcessPool) as error:
+    except (OSError, MemoryError, BrokenProcessPool) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"cannot draw the embedded data into {folder}: {reason}; "
-                         "free some space or name another folder") from error
+                         "free some space, name another folder or draw less") from error
     return folder
 
 
@@ -1123,7 +1123,7 @@ def replace(work, folder, wanted, tasks):
 def check(wanted):
     """Raise UsageError for a parameter of `draw` that is no whole number, too small or too large."""
     smallest = dict(train=1, test_good=0, test_bad=0, size=64, seed=0)
-    largest = dict(train=10**6, test_good=10**6, test_bad=10**6, size=4096, seed=2**63)
+    largest = dict(train=10**5, test_good=10**5, test_bad=10**5, size=4096, seed=2**63)
     for name, least in smallest.items():
         most = largest[name]
         if not isinstance(wanted[name], int) or not least <= wanted[name] <= most:
@@ -1222,6 +1222,9 @@ def main():
         folder = draw(args.out, args.train, args.test_good, args.test_bad, args.size, args.seed)
     except UsageError as error:
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:  # of the folder itself
+        print(f"{args.out}: {error.strerror}", file=sys.stderr)
         return 2
     print(f"{len(CLASSES)} classes with {args.train} training, {args.test_good} good and "
           f"{args.test_bad} defective test pictures each, {args.size} x {args.size}: {folder}")

@@ -378,7 +378,7 @@ def costs_of(path):
     """The total in a file of what --flops prints -> {"params_m": millions, "flops_g": billions}."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        (total,) = [line for line in lines if line.startswith("total")]
+        total, *_ = [line for line in lines if line.startswith("total")]
         parameters, operations = (int(word.replace(",", "")) for word in total.split()[1:3])
     except ValueError:
         raise UsageError(f"{path} is damaged: it has no total; delete it") from None
@@ -863,7 +863,8 @@ def main(argv=None):
         chains[row.name] = {}
         for seed in args.seeds:
             chains[row.name][seed] = chain_of(row, seed, shift, args, commit)
-    check_finished(job for of_seed in chains.values() for chain in of_seed.values() for job in chain)
+    for training, evaluations in joined(chains).items():
+        check_finished((training, *evaluations))
     if args.dry_run:
         print_commands(chains)
         print(f"\n{Table(args, rows, chains, {}).text()}", end="")
@@ -912,7 +913,7 @@ def joined(chains):
 
 
 def write(args, table):
-    """table.md and table.json. What is no UTF-8 in a file name is written as \\udc.., as in JSON."""
+    """table.md and table.json; what is no UTF-8 in a file name is \\udc.. there, as in JSON."""
     text = table.text()
     for name, lines in table.commands().items():
         text += f"\n{name}\n\n" + "".join(f"    {line}\n" for line in lines)

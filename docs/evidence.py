@@ -13,12 +13,14 @@ docs/results/DATA-TEACHER.json, a list with one record for each model, seed and 
 
     row, seed, calibration      what it is: a name of `ROWS`; none, given or cada
     minutes, steps, commit, command
+    inputs                      digests of what it was trained with: names and sizes of the images; the weights; not
+                                there in an older record
     mean, mixed                 seven metrics, per cent: over classes; of all images in one pool
     classes                     {class: the same}
     shift                       {condition: {"mean", "mixed"}}, where it was asked
     parameters, seconds         of the model that is trained; of its training
-    ms                          of one test image on one thread, from its pixels to its score; null, or not
-                                there, where an older run did not take it
+    ms                          of one test image on one thread, from its pixels to its score, where it
+                                was asked (--time, on a machine that does nothing else)
 """
 
 import argparse
@@ -111,7 +113,7 @@ class Model:
 
     def folder(self, part):
         """Another one for other options, data or steps."""
-        digest = hashlib.sha1("\0".join(self.words()).encode()).hexdigest()
+        digest = hashlib.sha1(os.fsencode("\0".join(self.words()))).hexdigest()
         name = f"{self.name}-{self.args.teacher}-{self.args.minutes}min-seed{self.seed}-{digest[:8]}"
         return self.args.runs.resolve() / name / part
 
@@ -153,6 +155,9 @@ class Model:
             evaluation("shift-cada", "--shift", "all")
         elif self.args.shift:
             evaluation("shift-none", "--shift", "all")
+        if self.args.time and self.steps:
+            first = data.load(self.args.data).classes[0]
+            evaluation("time", "--classes", first)
         return found
 
     def is_complete(self):
@@ -163,6 +168,10 @@ class Model:
         """{part: metrics.json} of what was asked."""
         jobs = {"model": self.training(), **self.questions()}
         return {part: tables.measured(job) for part, job in jobs.items()}
+
+    def check_finished(self):
+        """Refuse results that cannot be read, before hours are spent on others."""
+        tables.check_finished([self.training(), *self.questions().values()])
 
 
 def records(model, results):
@@ -181,16 +190,19 @@ def records(model, results):
             "seed": model.seed,
             "calibration": calibration,
             "minutes": model.args.minutes,
+            "inputs": model.args.inputs,
             "steps": model.steps,
             "commit": trained["commit"],
             "command": " ".join(["python", *anonymous(model)]),
             "parameters": trained["setting"].get("parameters", 0),
             "seconds": trained["seconds"]["train"],
-            "ms": ms_of_an_image(trained),
             "mean": per_cent(result["mean"]),
             "mixed": per_cent(result["mixed"]),
             "classes": {name: per_cent(part) for name, part in result["classes"].items()},
         }
+        if "time" in results:
+            seconds = results["time"]["seconds"]["score"]
+            record["ms"] = round(1000 * seconds / results["time"]["images"], 1)
         shifted = results.get(f"shift-{calibration}")
         if shifted:
             record["shift"] = {}
@@ -208,12 +220,6 @@ def anonymous(model):
     hidden = {model.args.data: "FOLDER", model.args.weights: "FILE"}
     words = [hidden.get(word, word) for word in model.words()]
     return [*tables.program(model.row.script), *words]
-
-
-def ms_of_an_image(result):
-    """metrics.json -> milliseconds of scoring one test image; None: an older run did not take them."""
-    seconds = result["seconds"].get("score")
-    return None if seconds is None else round(1000 * seconds / result["images"], 1)
 
 
 def per_cent(values):
@@ -238,15 +244,32 @@ def files(results):
     return sorted(file for teacher in TEACHERS for file in results.glob(f"*-{teacher}.json"))
 
 
+NEEDED = {"row", "seed", "calibration", "minutes", "commit", "parameters", "mean", "mixed", "classes"}
+
+
 def read(file):
     """The records; none where there is no such file. Raises UsageError if it is something else."""
     if not file.is_file():
         return []
     try:
         found = json.loads(file.read_bytes())
-        return [record for record in found if record["row"] and record["classes"]]
-    except (ValueError, TypeError, LookupError):
-        raise UsageError(f"{file} is damaged: it holds no list of results") from None
+    except ValueError:
+        found = None
+    whole = isinstance(found, list)
+    if not whole or not all(isinstance(r, dict) and NEEDED <= r.keys() and r["row"] in [*ROWS] for r in found):
+        raise UsageError(f"{file} is damaged: it holds no list of results; move it elsewhere")
+    return found
+
+
+def inputs_of(dataset, weights):
+    """What the models of one file of results share: digests of the images' names and sizes, and of the weights.
+    They tell nothing of this machine."""
+    images = hashlib.sha1()
+    for sample in (*dataset.train, *dataset.test):
+        name = os.path.relpath(sample.image, dataset.root)
+        images.update(os.fsencode(f"{name}\0{sample.image.stat().st_size}\0"))
+    content = Path(weights).read_bytes() if os.path.isfile(weights) else weights.encode(errors="replace")
+    return {"images": images.hexdigest()[:8], "weights": hashlib.sha1(content).hexdigest()[:8]}
 
 
 def write(file, found):
@@ -254,20 +277,22 @@ def write(file, found):
     order = list(ROWS)
     found.sort(key=lambda r: (order.index(r["row"]), r["calibration"], r["seed"]))
     lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in found)
-    write_atomic(file, f"[\n{lines}\n]\n".encode())
+    # What is no UTF-8 in a name is written as \udc.., as JSON has it.
+    write_atomic(file, f"[\n{lines}\n]\n".encode(errors="backslashreplace"))
 
 
 def replaced(found, new):
-    """The records with those of the same model, seed and calibration replaced. A record without
-    shifts does not take the place of one that has them."""
+    """The records with those of the same model, seed and calibration replaced. What a record of the
+    same commit has and the new one was not asked for, shifts or times, stays."""
     def key(record):
         return record["row"], record["seed"], record["calibration"]
 
     known = {key(record): record for record in found}
     for record in new:
         before = known.get(key(record), {})
-        if "shift" in record or before.get("commit") != record["commit"] or "shift" not in before:
-            known[key(record)] = record
+        if before.get("commit") == record["commit"]:
+            record = {**before, **record}
+        known[key(record)] = record
     return list(known.values())
 
 
@@ -298,7 +323,7 @@ def main_table(found):
     what it costs."""
     heads = ["row", "seeds", *(papers.QUALITY[metric] for metric in METRICS)]
     heads += ["pool", "pool, CADA", "pool, CaDA-A", "I-AUROC, CADA", "million parameters"]
-    timed = any(r.get("ms") for r in found)  # not by older runs
+    timed = any(r.get("ms") for r in found)
     if timed:
         heads.append("ms an image")
     rows = []
@@ -367,6 +392,7 @@ def parse(argv):
     parser.add_argument("--rows", default=",".join(ROWS), help="some of them, separated by commas")
     parser.add_argument("--minutes", type=int, default=10, help="of training on one thread (10)")
     parser.add_argument("--shift", action="store_true", help="the same images under four shifts too")
+    parser.add_argument("--time", action="store_true", help="ms of a test image too, on one thread")
     parser.add_argument("--jobs", type=int, default=1, help="models at once, a thread each")
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
@@ -383,16 +409,22 @@ def check(args):
     for name in ("minutes", "jobs"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
+    for file in files(args.results):  # all are printed at the end
+        read(file)
     if not args.data:
         return
     args.data, args.weights = (path and os.path.abspath(path) for path in (args.data, args.weights))
+    dataset = data.load(args.data)
+    args.inputs = inputs_of(dataset, args.weights)
     file = file_of(args.results, args.data, args.teacher)
-    classes = data.load(args.data).classes
     for record in read(file):
-        if list(record["classes"]) != classes or record["minutes"] != args.minutes:
-            raise UsageError(
-                f"{file} is of other classes or another --minutes: give another folder with --results"
-            )
+        other = ""
+        if list(record["classes"]) != dataset.classes or record["minutes"] != args.minutes:
+            other = "other classes or another --minutes"
+        elif record.get("inputs", args.inputs) != args.inputs:
+            other = "other images or other --weights"
+        if other:
+            raise UsageError(f"{file} is of {other}: give another folder with --results")
 
 
 def train(args):
@@ -405,6 +437,7 @@ def train(args):
     for seed in args.seeds:
         for name in args.rows:
             model = Model(name, seed, args)
+            model.check_finished()
             models[model.training()] = model
 
     def keep(training):

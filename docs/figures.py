@@ -24,12 +24,12 @@ first calibrate it.
 """
 
 import argparse
-import csv
 import importlib
 import io
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -42,8 +42,8 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 import kernels
-from common import UsageError, corruptions, data, files, options, pictures, report, runtime
-from common.folder import read_json
+from common import UsageError, corruptions, data, files, options, pages, pictures, report, runtime
+from common.folder import read_json, write_atomic
 from kernels.cross_attention import neighbours
 
 ROOT = Path(__file__).resolve().parent.parent  # of the scripts
@@ -108,8 +108,7 @@ def ready(checkpoint, out):
 
 def typical_defects(folder, dataset, names):
     """Of each class the defective image with the median score: list of samples."""
-    with open(Path(folder) / "scores.csv", encoding="utf-8", errors="surrogateescape") as file:
-        scores = {row["path"]: float(row["score"]) for row in csv.DictReader(file)}
+    scores = {path: score for path, _, _, score in pages.read_scores(Path(folder) / "scores.csv")}
     chosen = []
     for cls in names:
         mine = [s for s in dataset.test if s.cls == cls and s.label and str(s.image) in scores]
@@ -161,7 +160,9 @@ def save(canvas, path):
     """PNG of 256 colours, a third of the bytes; dithered, or smooth metal would show steps."""
     palette = canvas.quantize(256, kmeans=2)
     dithered = canvas.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
-    dithered.save(path, optimize=True)
+    content = io.BytesIO()
+    dithered.save(content, "png", optimize=True)
+    write_atomic(path, content.getvalue())
 
 
 def framed(array, colour, width=5):
@@ -537,7 +538,7 @@ def kept_maps(folder):
         path = folder / "maps" / f"{cls}.npz"
         if not path.is_file():
             raise UsageError(f"{folder}: no maps/{cls}.npz; do that run's --eval with --save-maps")
-        kept[cls] = files.read_arrays(path)
+        kept[cls] = pages.load_maps(path)
     return result["method"], kept
 
 
@@ -570,11 +571,15 @@ def median_defect(of_class):
 
 
 def check_picture(path):
-    """Raises UsageError if no picture can be written there."""
-    if path.suffix.lower() not in Image.registered_extensions():
+    """Raises UsageError if no picture can be written there: before it is drawn."""
+    if path.suffix.lower() != ".png" or path.is_dir():
         raise UsageError(f"--out {path}: name a picture, such as hero.png")
     if not path.parent.is_dir():
         raise UsageError(f"--out {path}: there is no folder {path.parent}")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UsageError(f"--out {path}: {error.strerror}") from None
 
 
 def main(argv=None):
@@ -610,6 +615,11 @@ def main(argv=None):
                     print(path)
     except UsageError as error:
         print(f"figures: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # see `exit_with`
+        raise
+    except OSError as error:
+        print(f"figures: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 

@@ -14,6 +14,7 @@ and compiles a few for an A100 and an H100.
 
 import argparse
 import copy
+import errno
 import functools
 import json
 import os
@@ -21,6 +22,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -355,6 +357,16 @@ def without_gpu(file):
     return 1 if spilled else done.returncode
 
 
+def check_place(file):
+    """Raises OSError if the result could not be written: the check takes minutes, perhaps on a card
+    that is not to be had again."""
+    if file.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, f"there is no folder {file.parent}")
+    tempfile.TemporaryFile(dir=file.parent).close()
+
+
 def main():
     parser = argparse.ArgumentParser(
         prog="python -m kernels.check", description=(__doc__ or "").split("\n")[0]
@@ -362,9 +374,12 @@ def main():
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file")
     file = parser.parse_args().json
     file = file.absolute() if file else None
-    if file and (file.is_dir() or not file.parent.is_dir()):  # before the check, which takes minutes
-        print(f"kernels.check: --json {file}: no place for a file", file=sys.stderr)
-        return 2
+    if file:
+        try:
+            check_place(file)
+        except OSError as error:
+            print(f"kernels.check: --json {file}: {error.strerror}", file=sys.stderr)
+            return 2
     if not torch.cuda.is_available() and not INTERPRET:
         return without_gpu(file)
     torch.manual_seed(0)
@@ -376,7 +391,8 @@ def main():
         counts[record["verdict"]] = counts.get(record["verdict"], 0) + 1
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     if file:
-        write_atomic(file, (json.dumps({"machine": facts, "rows": records}, indent=1) + "\n").encode())
+        content = json.dumps({"machine": facts, "rows": records}, indent=1) + "\n"
+        write_atomic(file, content.encode())
         print(f"written to {file}")
     if torch.cuda.is_available() and counts.get("slower"):
         print(f'for "auto" to take PyTorch where it is faster: {results_file(facts["card"])}')

@@ -1,7 +1,10 @@
 """The comparison of docs/protocol.md: what is run, what is kept, and that the page has what was kept."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,16 +41,17 @@ def test_rows_are_trained_asked_and_kept(small, tiny_data, tmp_path, capsys):
     words = ["--data", str(tiny_data), "--teacher", "efficientnet_lite0", "--minutes", "1", "--jobs", "2",
              "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
     assert evidence.main([*words, "--rows", "revdist"]) == 0
-    assert evidence.main([*words, "--rows", "omniad", "--shift"]) == 0
+    assert evidence.main([*words, "--rows", "omniad", "--shift", "--time"]) == 0
     file, = tmp_path.glob("*.json")
     found = json.loads(file.read_text())
     kinds = [(record["row"], record["calibration"]) for record in found]
     assert kinds == [(row, name) for row in ("revdist", "omniad") for name in ("cada", "given", "none")]
     for record in found:
-        assert record["steps"] == 2 and record["parameters"] > 0 and record["ms"] > 0 and record["classes"]
+        assert record["steps"] == 2 and record["parameters"] > 0 and record["classes"]
         assert "--data FOLDER" in record["command"] and str(tmp_path) not in file.read_text()
         assert set(evidence.METRICS) <= set(record["mean"])
     assert [len(record.get("shift", ())) for record in found] == [0, 0, 0, 0, 0, 4]
+    assert [record.get("ms", 0) > 0 for record in found] == [False] * 3 + [True] * 3
     printed = capsys.readouterr().out
     assert "python omniad.py" in printed and "| Omni-AD | 1 |" in printed and "| P-AUPRO | clean |" in printed
     assert not list(tmp_path.glob("runs/*/model/maps"))
@@ -138,13 +142,89 @@ def test_results_of_other_data_are_not_mixed(small, tiny_data, tmp_path):
         evidence.main(["--data", str(tmp_path / "nowhere"), *words])
 
 
-@pytest.mark.parametrize("content", ["[", "3", "{}", '[{"row": 1}]', "[1]"])
-def test_damaged_results_are_named(content, tmp_path):
-    """And not a traceback, which would come after a training."""
+def test_results_of_other_images_or_weights_are_not_mixed(tiny_data, tmp_path):
+    """The same classes do not make the same data; records that do not say what they were trained with are taken."""
+    for place in ("a", "b"):
+        shutil.copytree(tiny_data / "screw", tmp_path / place / "images" / "screw")
+    next((tmp_path / "b").rglob("good/*.png")).unlink()
+    weights = tmp_path / "some.pth", tmp_path / "same.pth", tmp_path / "other.pth"
+    for file, content in zip(weights, (b"1", b"1", b"2")):
+        file.write_bytes(content)
+
+    def args_of(place, weights):
+        return evidence.parse(["--data", str(tmp_path / place / "images"), "--teacher", "resnet18", "--weights",
+                               str(weights), "--minutes", "10", "--results", str(tmp_path)])
+
+    args = args_of("a", weights[0])
+    evidence.check(args)
+    assert str(tmp_path) not in json.dumps(args.inputs)
+    record = json.loads((evidence.RESULTS / "real-resnet18.json").read_bytes())[0]
+    record["classes"] = {"screw": record["mean"]}
+    file = tmp_path / "images-resnet18.json"
+    evidence.write(file, [record])
+    evidence.check(args_of("b", weights[2]))
+    evidence.write(file, [record | {"inputs": args.inputs}])
+    evidence.check(args_of("a", weights[1]))
+    for place, other in (("b", weights[0]), ("a", weights[2])):
+        with pytest.raises(UsageError, match="images-resnet18.json is of other images or other --weights"):
+            evidence.check(args_of(place, other))
+
+
+WRONG_RESULTS = ["", "[", "3", "{}", "null", '""', '[{"row": 1}]', "[1]", "[[]]"]
+
+
+@pytest.mark.parametrize("content", WRONG_RESULTS)
+def test_damaged_results_are_named(content, tmp_path, capsys):
+    """In one line, before anything is trained: and not in a traceback after it."""
     file = tmp_path / "real-resnet18.json"
     file.write_text(content)
-    if content == "{}":
-        assert evidence.read(file) == []
-        return
-    with pytest.raises(UsageError, match="real-resnet18.json is damaged"):
-        evidence.read(file)
+    assert evidence.launch(["--results", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "real-resnet18.json is damaged" in error and error.count("\n") == 1
+    assert file.read_text() == content
+
+
+def test_a_row_that_is_no_more_is_named(tmp_path):
+    """It has no place in the table, and none in the order in which records are written."""
+    record = json.loads((evidence.RESULTS / "real-resnet18.json").read_bytes())[0]
+    for row in ("padim", []):
+        (tmp_path / "x.json").write_text(json.dumps([record | {"row": row}]))
+        with pytest.raises(UsageError, match="x.json is damaged"):
+            evidence.read(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", "{"])
+def test_a_damaged_run_is_named_before_others_are_trained(content, small, tiny_data, tmp_path, monkeypatch, capsys):
+    words = ["--data", str(tiny_data), "--rows", "omniad", "--minutes", "1", "--runs", str(tmp_path / "runs"),
+             "--results", str(tmp_path)]
+    monkeypatch.setattr(evidence.tables.Runner, "run", lambda *_: pytest.fail("something was run"))
+    args = evidence.parse(words)
+    evidence.check(args)
+    folder = evidence.Model("omniad", 0, args).folder("given")
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(content)
+    assert evidence.launch(words) == 2
+    error = capsys.readouterr().err
+    assert f"{folder / 'metrics.json'} is damaged" in error and error.count("\n") == 1
+
+
+def test_wrong_data_start_nothing(tmp_path, capsys):
+    assert evidence.launch(["--data", str(tmp_path / "nowhere"), "--results", str(tmp_path / "results")]) == 2
+    error = capsys.readouterr().err
+    assert "nowhere" in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_names_that_are_no_utf8_are_kept(tmp_path):
+    record = json.loads((evidence.RESULTS / "real-resnet18.json").read_bytes())[0]
+    record["classes"] = {os.fsdecode(b"nut-\xe4"): record["mean"]}
+    evidence.write(tmp_path / "x.json", [record])
+    assert evidence.read(tmp_path / "x.json") == [record]
+
+
+@pytest.mark.parametrize("module", ["docs.evidence", "docs.figures", "kernels.bench", "kernels.check"])
+def test_help_without_docstrings(module):
+    """python -OO has none."""
+    root = Path(__file__).resolve().parent.parent
+    words = [sys.executable, "-B", "-OO", "-W", "ignore", "-m", module, "--help"]
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and "--help" in done.stdout and not done.stderr

@@ -1,5 +1,6 @@
 """Pictures for slides: every method's from a tiny run, the hero of four, and what is drawn is what the model has."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,12 +112,48 @@ def test_bad_input(finished, tmp_path, capsys):
         (["hero"], "folders of finished runs"),
         (["hero", out, "--out", str(tmp_path / "no" / "h.png")], "there is no folder"),
         (["hero", out, "--out", str(tmp_path / "h.xyz")], "h.xyz"),
+        (["hero", out, "--out", str(tmp_path / "h.jpg")], "h.jpg"),
+        (["hero", out, "--out", str(tmp_path / ("h" * 300 + ".png"))], "too long"),
         ([str(nearest)], "no pictures for nearest"),
     ]
     for words, named in cases:
         assert figures.main(words) == 2
         error = capsys.readouterr().err
         assert named in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name, content", [
+    ("metrics.json", "[]"), ("metrics.json", "{}"), ("metrics.json", "{"), ("scores.csv", ""), ("scores.csv", None),
+    ("scores.csv", "path,class,label,score\na,b,1,nan\n"), ("maps/screw.npz", "cut"), ("maps/screw.npz", "")])
+def test_damaged_files_of_a_run_are_named(name, content, finished, tmp_path, capsys):
+    """One line, status 2, no picture."""
+    folder = shutil.copytree(finished("omniad"), tmp_path / "run", ignore=shutil.ignore_patterns("figures"))
+    if content is None:
+        (folder / name).unlink()
+    elif content == "cut":
+        (folder / name).write_bytes((folder / name).read_bytes()[:500])
+    else:
+        (folder / name).write_text(content)
+    words = [str(folder)] if name == "scores.csv" else ["hero", str(folder), "--out", str(tmp_path / "hero.png")]
+    capsys.readouterr()
+    assert figures.main(words) == 2
+    error = capsys.readouterr().err
+    assert str(folder / name) in error and error.count("\n") == 1
+    assert not list(tmp_path.rglob("*.png")) or not (tmp_path / "hero.png").exists()
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A full disk leaves the picture of before, and nothing beside it."""
+    path = tmp_path / "hero.png"
+    path.write_bytes(b"before")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError):
+        figures.save(Image.new("RGB", (8, 8)), path)
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("script", ["omniad.py", "roads.py"])

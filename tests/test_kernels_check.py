@@ -237,8 +237,10 @@ def test_a_place_for_the_result_is_looked_for_first(tmp_path, monkeypatch, capsy
     """The check takes minutes, on a card that may not be had again."""
     monkeypatch.setattr(check, "without_gpu", lambda file: pytest.fail("it has begun"))
     monkeypatch.setattr(check, "INTERPRET", False)
-    for place in (tmp_path / "no" / "x.json", tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "no" / "x.json", tmp_path / "file" / "x.json", tmp_path, Path("/proc/x.json")):
         monkeypatch.setattr("sys.argv", ["check", "--json", str(place)])
         assert check.main() == 2
         err = capsys.readouterr().err
         assert str(place) in err and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import f1_score
 
-from common import data, pages, report, runtime
+from common import UsageError, data, pages, report, runtime
 
 SETTING = {"image size": 64}
 TAGS_WITHOUT_END = {"meta", "img", "br", "option"}
@@ -372,3 +372,39 @@ def test_damaged_files_of_a_run_are_named(name, content, said, evaluated, tmp_pa
     assert report.main([str(folder)]) == 2
     err = capsys.readouterr().err
     assert said in err and "damaged" in err and err.count("\n") == 1 and not (folder / "run.html").exists()
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_whatever_byte_of_the_maps_is_wrong(save, tmp_path):
+    """They are read as they are, or named as damaged in one line."""
+    rng, path = np.random.default_rng(0), tmp_path / "screw.npz"
+    arrays = {"maps": rng.random((3, 8, 8)), "masks": rng.random((3, 8, 8)) > 0.5, "scores": rng.random(3)}
+    save(path, **arrays, labels=np.array([0, 1, 1]), paths=np.array(["a", "b", "c"]))
+    whole, damaged = path.read_bytes(), []
+    for length in range(0, len(whole), 50):
+        damaged.append(whole[:length])
+    for place in rng.integers(len(whole), size=500):
+        damaged.append(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+    one = io.BytesIO()
+    np.save(one, arrays["maps"])
+    refused = 0
+    for content in (*damaged, one.getvalue()):
+        path.write_bytes(content)
+        try:
+            kept = pages.load_maps(path)
+        except UsageError as error:
+            assert str(error) == f"{path}: damaged; evaluate again with --save-maps"
+            refused += 1
+        else:
+            assert (kept["maps"] == arrays["maps"]).all()
+    assert refused > len(damaged) / 2
+
+
+def test_maps_are_complete(tmp_path):
+    """All that is asked for, of the same images."""
+    path = tmp_path / "screw.npz"
+    for labels in ({}, {"labels": np.zeros(2)}):
+        np.savez(path, maps=np.zeros((3, 8, 8)), **labels)
+        assert pages.load_maps(path, ["maps"])["maps"].shape == (3, 8, 8)
+        with pytest.raises(UsageError, match="damaged"):
+            pages.load_maps(path, ["maps", "labels"])

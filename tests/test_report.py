@@ -464,6 +464,13 @@ def test_evaluation_survives_names_that_are_no_utf8(run, tiny_data, tmp_path):
     assert (run.out / "metrics.json").is_file()
 
 
+def test_scoring_that_an_earlier_pass_has_saved_counts(run, tiny_data):
+    """CADA's base sees every image in the pass without calibration, whose maps the other one takes."""
+    dataset = data.load(str(tiny_data), classes=["screw"])
+    result = report.evaluate(run, Args(), dataset, darkness, setting=SETTING, seconds=0, saved=50.0)
+    assert 50 < result["seconds"]["score"] < 60
+
+
 def test_deep_pictures_are_scaled_as_in_the_training(run, tmp_path):
     """12 bits in 16: by the class's largest training value, and not by the picture's own."""
     run.depths = {"a": 4095}

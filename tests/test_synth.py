@@ -203,6 +203,33 @@ def test_command_line(tmp_path):
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "--train is 0" in wrong.stderr
 
 
+@pytest.mark.parametrize("option", ["train", "test_good", "test_bad", "size", "seed"])
+def test_every_number_has_an_upper_bound(option, tmp_path):
+    """One line instead of a machine without memory."""
+    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} is {10**20}"):
+        synth.ensure(tmp_path, **{**TINY, option: 10**20})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_fit_into_memory_leaves_nothing_behind(tmp_path, monkeypatch):
+    def draw_all(*_):
+        np.empty(2**55)
+
+    monkeypatch.setattr(synth, "draw_all", draw_all)
+    with pytest.raises(UsageError, match="Unable to allocate.*draw less") as caught:
+        synth.ensure(tmp_path, **TINY)
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "file/x"])
+def test_a_folder_that_cannot_be_is_one_line(name, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["synth", "--out", str(tmp_path / name)])
+    assert synth.main() == 2
+    err = capsys.readouterr().err
+    assert str(tmp_path / name) in err and err.count("\n") == 1
+
+
 def test_neither_trivial_nor_hopeless():
     """Nearest-neighbour search on Lite0 features (28 x 28, strides 8 and 16) tells good from defective in two classes,
     better than chance and short of perfect. Reduced to 10 training pictures to save time."""

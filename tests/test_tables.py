@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from common import options as options_of_scripts
 from common import papers, tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -189,6 +190,26 @@ def test_other_data_are_other_runs(desk):
     assert len({folder.name for folder in Path("runs/tables/runs").iterdir()}) == 2
 
 
+def test_data_of_one_name_elsewhere_are_other_runs(desk, monkeypatch):
+    """A folder that is found below $AD_DATA, below --data-root, or here: whichever it is, its runs
+    are its own, and they are found again by another way to it."""
+    for place in ("a", "b", "c"):
+        Path(place, "tiles", "train", "good").mkdir(parents=True)
+    words = "omniad", "I", "--data", "tiles"
+    for place in ("a", "b"):
+        monkeypatch.setenv("AD_DATA", place)
+        assert desk.run(*words).status == 0 and len(desk.calls()) == 1
+        assert desk.run(*words).status == 0 and desk.calls() == []
+    for place, count in (("c", 1), ("a", 0)):
+        for root in (("--data-root", place), (f"--data-root={place}",)):
+            assert desk.run(*words, "--", *root).status == 0 and len(desk.calls()) == count
+            count = 0
+    Path("tiles", "train", "good").mkdir(parents=True)  # comes before those below the root
+    assert desk.run(*words).status == 0 and len(desk.calls()) == 1
+    monkeypatch.setenv("AD_DATA", "a")
+    assert desk.run(*words).status == 0 and desk.calls() == []
+
+
 # ------------------------------------------------------------------- nothing twice, nothing lost
 
 
@@ -202,6 +223,36 @@ def test_finished_runs_are_reused_also_by_another_table(desk):
     assert desk.calls() == []
     desk.run("onenip", "4a", "--seeds", "0,1")
     assert len(desk.calls()) == 6
+
+
+@pytest.mark.parametrize("name, content", [
+    ("metrics.json", "{}"), ("metrics.json", "[]"), ("metrics.json", "{"), ("metrics.json", ""),
+    ("args.json", "null"), ("args.json", "x"), ("costs.txt", ""), ("costs.txt", "total x y")])
+def test_a_damaged_run_is_named_before_others_are_run(desk, name, content):
+    """One line with the file and what to do; and not a traceback when all others are through."""
+    desk.run("onenip", "1")
+    desk.calls()
+    run = next(path for path in Path("runs/tables/runs").iterdir() if path.name.startswith("onenip-synth-seed0"))
+    (run / name).write_text(content)
+    done = desk.run("onenip", "4a")
+    assert done.status == 2 and f"{run / name}" in done.err and "damaged" in done.err
+    assert done.err.count("\n") == 1 and desk.calls() == []
+    for file in run.iterdir():  # as the line says
+        file.unlink()
+    assert desk.run("onenip", "4a").status == 0
+
+
+def test_a_folder_may_have_any_name(desk):
+    """One that is no UTF-8 is a name like others; the table is not lost."""
+    name = os.fsdecode(b"tiles-\xe4")
+    try:
+        Path(name, "train", "good").mkdir(parents=True)
+    except OSError:
+        pytest.skip("the file system takes no such name")
+    options_of_scripts.any_output()  # as `exit_with`
+    assert desk.run("omniad", "I", "--data", name).status == 0
+    (folder,) = Path("runs/tables").glob("omniad-I-*")
+    assert json.loads((folder / "table.json").read_bytes())["data"] == name
 
 
 def test_runs_of_another_commit_count_only_if_asked_for(desk, monkeypatch):
@@ -426,7 +477,11 @@ def test_starts_without_torch():
     (("onenip", "4a", "--", "--no-refiner"), "--no-refiner"),
     (("onenip", "4c", "--", "--alpha", "0.3"), "--alpha"),
     (("onenip", "4a", "--data", "nowhere"), "nowhere"),
+    (("onenip", "4a", "--data", "synth+nowhere"), "nowhere"),
+    (("onenip", "4a", "--data", "tiles", "--", "--data-root", "nowhere"), "tiles"),
     (("onenip", "4a", "--out", __file__), "is a file"),
+    (("onenip", "4a", "--runs", __file__), "is a file"),
+    (("onenip", "4a", "--out", f"{__file__}/x"), __file__),
 ], ids=str)
 def test_wrong_words_end_in_one_line_before_anything_runs(desk, words, named):
     done = desk.run(*words)
