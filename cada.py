@@ -378,7 +378,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from common import backbones, data, files, metrics, options, papers, pictures, report, runtime
+from common import backbones, data, metrics, options, pages, papers, pictures, report, runtime
 from common import thresholds
 from common.folder import read_json
 from common.maps import gaussian_window, image_score, name_of_power, name_of_rule
@@ -1002,7 +1002,7 @@ class Recorded:
                 f"--base-run {folder}: no {name}; do that run (or its --eval) again with "
                 "--save-maps"
             )
-        file = files.read_arrays(folder / name)
+        file = pages.load_maps(folder / name, ("maps", "paths"))
         if "features" not in file:
             raise UsageError(
                 f"{folder / name}: holds no features; do that run again with --save-maps"

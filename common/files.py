@@ -284,15 +284,6 @@ def check_archive(path):
         raise ValueError(f"{damaged} in it is damaged")
 
 
-def read_arrays(path):
-    """The arrays in an .npz file of a run, {name: array}. Raises UsageError, one line that names the file."""
-    try:
-        with np.load(path) as file:
-            return dict(file)
-    except (zipfile.BadZipFile, ValueError, KeyError, OSError, EOFError):
-        raise UsageError(f"{path}: damaged; do the run's --eval again with --save-maps") from None
-
-
 def state(path):
     """What changes with a file's content: [size, time of writing, time of any change, inode]; None if the file is gone
     or was written a moment ago, when it may change again without a new time.

@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 from common import UsageError
@@ -221,6 +222,19 @@ def read_json(path, keys=()):
     if missing:
         raise UsageError(f"{path} is damaged, or something else: it has no {missing[0]}")
     return found
+
+
+def check_place(path):
+    """Raises UsageError if no file can be written there: who needs minutes for its content asks first."""
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {path.parent}")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
 
 
 LONGEST = 200  # bytes of a name that is made from another one; file systems mostly allow 255

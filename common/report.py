@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from common import UsageError, corruptions, data, metrics, options, pages, papers, pictures, runtime
-from common.folder import current_commit, write_csv
+from common.folder import check_place, current_commit, write_csv
 from common.pages import percent
 from common.pictures import distributions
 from common.prediction import predict
@@ -472,14 +472,15 @@ def main(argv=None):
                         help="the page (default: RUN/run.html; of several runs: compare.html here)")
     args = parser.parse_args(argv)
     folders = [Path(run) for run in args.runs]
+    default = folders[0] / "run.html" if len(folders) == 1 else Path("compare.html")
+    out = Path(args.out or default)
     try:
+        if args.out:
+            check_place(out)
         if len(folders) == 1:
-            page, default = pages.run_page(folders[0], COLUMNS), folders[0] / "run.html"
+            page = pages.run_page(folders[0], COLUMNS)
         else:
-            page, default = pages.compare_page(folders, COLUMNS), Path("compare.html")
-        out = Path(args.out) if args.out else default
-        if out.is_dir():
-            raise UsageError(f"--out {out} is a folder; name a file")
+            page = pages.compare_page(folders, COLUMNS)
         runtime.write_atomic(out, page.encode())
     except UsageError as error:
         print(f"error: {pages.readable(error)}", file=sys.stderr)

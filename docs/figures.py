@@ -29,7 +29,6 @@ import io
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ from scipy import ndimage
 
 import kernels
 from common import UsageError, corruptions, data, files, options, pages, pictures, report, runtime
-from common.folder import read_json, write_atomic
+from common.folder import check_place, read_json, write_atomic
 from kernels.cross_attention import neighbours
 
 ROOT = Path(__file__).resolve().parent.parent  # of the scripts
@@ -572,14 +571,9 @@ def median_defect(of_class):
 
 def check_picture(path):
     """Raises UsageError if no picture can be written there: before it is drawn."""
-    if path.suffix.lower() != ".png" or path.is_dir():
+    if path.suffix.lower() != ".png":
         raise UsageError(f"--out {path}: name a picture, such as hero.png")
-    if not path.parent.is_dir():
-        raise UsageError(f"--out {path}: there is no folder {path.parent}")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise UsageError(f"--out {path}: {error.strerror}") from None
+    check_place(path)
 
 
 def main(argv=None):

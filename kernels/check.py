@@ -14,7 +14,6 @@ and compiles a few for an A100 and an H100.
 
 import argparse
 import copy
-import errno
 import functools
 import json
 import os
@@ -22,13 +21,13 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-from common.folder import write_atomic
+from common import UsageError
+from common.folder import check_place, write_atomic
 
 from . import aot, bench
 from .backend import HAS_TRITON, INTERPRET, compare, dtype_name, results_file, triton
@@ -357,16 +356,6 @@ def without_gpu(file):
     return 1 if spilled else done.returncode
 
 
-def check_place(file):
-    """Raises OSError if the result could not be written: the check takes minutes, perhaps on a card
-    that is not to be had again."""
-    if file.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "it is a folder")
-    if not file.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, f"there is no folder {file.parent}")
-    tempfile.TemporaryFile(dir=file.parent).close()
-
-
 def main():
     parser = argparse.ArgumentParser(
         prog="python -m kernels.check", description=(__doc__ or "").split("\n")[0]
@@ -377,8 +366,8 @@ def main():
     if file:
         try:
             check_place(file)
-        except OSError as error:
-            print(f"kernels.check: --json {file}: {error.strerror}", file=sys.stderr)
+        except UsageError as error:
+            print(f"kernels.check: --json {error}", file=sys.stderr)
             return 2
     if not torch.cuda.is_available() and not INTERPRET:
         return without_gpu(file)
