@@ -943,8 +943,7 @@ class Bank:
         pictures = len(made), 3, args.image_size, args.image_size
         images = torch.empty(pictures, dtype=torch.uint8)
         self.masks = torch.empty(pictures[:1] + pictures[2:], dtype=torch.bool)  # (N · bank, S, S)
-        firsts = range(0, len(made), 16)
-        batches = [list(range(first, min(first + 16, len(made)))) for first in firsts]
+        batches = runtime.in_order(len(made), 16)
         loader = run.loader(made, batches, args.workers)
         parts = zip(batches, run.progress(loader, "pseudo-anomalies", len(batches)))
         for numbers, (image, mask) in parts:
@@ -1256,12 +1255,11 @@ def scale_of_test_set(args, run, score, dataset):
     samples = dataset.test[run.rank :: run.world]
     corrupt = report.corruption(args)
     images = report.images_of(run, args, samples, corrupt)
-    firsts = range(0, len(samples), args.batch_size)
-    batches = [list(range(first, min(first + args.batch_size, len(samples)))) for first in firsts]
+    batches = runtime.in_order(len(samples), args.batch_size)
     loader = run.loader(images, batches, args.workers)
     extremes = []
-    for first, batch in zip(firsts, run.progress(loader, "scale on the test set", len(batches))):
-        part = samples[first : first + len(batch)]
+    for numbers, batch in zip(batches, run.progress(loader, "scale on the test set", len(batches))):
+        part = [samples[i] for i in numbers]
         error, _, _ = score.reconstruct(run.to_device(batch), part)
         extremes += extremes_of(error, args)
     extremes = run.gather(extremes)

@@ -97,12 +97,16 @@ def image_files(path):
     return _files_below(path, set())
 
 
-def need_images(paths):
-    """Raises `UsageError` if one of the paths of --predict does not exist, or none of them holds an image."""
+def pictures_of(paths):
+    """The image files of --predict, for each of its paths: a list of lists, see `image_files`.
+
+    Raises `UsageError` if one of the paths does not exist, or none of them holds an image.
+    """
     found = [image_files(path) for path in paths]
     if not any(found):
         names = " ".join(str(path) for path in paths)
         raise UsageError(f"--predict {names}: no images found")
+    return found
 
 
 def _files_below(folder, seen):
@@ -142,9 +146,7 @@ def load(name, root=None, classes=None, need_test=True):
     Returns a `Dataset`. Raises `UsageError` as the module's docstring says; unknown classes too.
     """
     root = Path(root or os.environ.get("AD_DATA") or "data")
-    parts = name.split("+")
-    if os.path.isdir(name):  # a folder may have a + in its name
-        parts = [name]
+    parts = layouts.parts_of(name)
     notes = layouts.Notes()
     try:
         sources = [layouts.find(part, root) for part in parts]

@@ -253,6 +253,11 @@ class Source:
     benchmark: Benchmark | None = None
 
 
+def parts_of(name):
+    """The data sets joined in a name; a folder may have a + in its own."""
+    return [name] if os.path.isdir(name) else name.split("+")
+
+
 def find(part, root):
     """Find the data set called `part`. Returns a `Source`. Raises `UsageError` if it is not there."""
     if part in BENCHMARKS:

@@ -379,6 +379,13 @@ def default_preset(data):
     return "laptop"
 
 
+def check_depths(text):
+    """--depths, blocks of the four stages. Raises UsageError."""
+    words = text.split(",")
+    if len(words) != 4 or not all(word.isdecimal() and int(word) for word in words):
+        raise UsageError(f"--depths {text}: must be four numbers above 0, such as 3,3,4,6")
+
+
 def _flag(name):
     return "--" + name.replace("_", "-")
 
@@ -469,13 +476,6 @@ def _absolute(field, value):
     if may_be_path and field.name not in ("out", "classes", "corrupt") and os.path.exists(value):
         return os.path.abspath(value)
     return value
-
-
-def check_depths(text):
-    """--depths, blocks of the four stages. Raises UsageError."""
-    words = text.split(",")
-    if len(words) != 4 or not all(word.isdecimal() and int(word) for word in words):
-        raise UsageError(f"--depths {text}: must be four numbers above 0, such as 3,3,4,6")
 
 
 def _absolute_source(name):

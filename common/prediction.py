@@ -73,7 +73,6 @@ def predict(run, args, score, normal_score, columns=None, pixel_threshold=None):
     """
     if run.rank > 0:
         return  # one process does it all
-    data.need_images(args.predict)
     waiting = _inputs(args.predict)
     columns = columns or {}
     threshold = normal_score if args.threshold is None else args.threshold
@@ -122,11 +121,11 @@ def _inputs(paths):
     """
     places, roots = {}, set()  # (real folder, name) -> (file, its place below pictures/)
     real_folder = functools.lru_cache(os.path.realpath)
-    for path in map(Path, paths):
+    for path, files in zip(map(Path, paths), data.pictures_of(paths)):
         whole_folder, root = path.is_dir(), Path()
         if whole_folder:
             root = _unused(Path(os.path.basename(os.path.abspath(path))), roots)
-        for file in data.image_files(path):
+        for file in files:
             place = root / file.relative_to(path) if whole_folder else Path(file.name)
             key = real_folder(file.parent), file.name
             if key not in places or len(file.parts) < len(places[key][0].parts):

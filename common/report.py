@@ -93,18 +93,16 @@ def images_of(run, args, samples, corrupt=None):
 
 def _scored(run, args, images, score, title):
     """Score images (`data.Images`) in their order; yields `Batch` after `Batch`."""
-    starts, indices = range(0, len(images), args.batch_size), []
-    for start in starts:
-        indices.append(list(range(start, min(start + args.batch_size, len(images)))))
-    loader = run.loader(images, indices, args.workers)
-    for first, batch in zip(starts, run.progress(loader, title, len(starts))):
-        samples = images.samples[first:first + len(batch)]
+    batches = runtime.in_order(len(images), args.batch_size)
+    loader = run.loader(images, batches, args.workers)
+    for numbers, batch in zip(batches, run.progress(loader, title, len(batches))):
+        samples = [images.samples[i] for i in numbers]
         began = time.monotonic()
         batch = run.to_device(batch)
         maps, scores, *features = score(batch, samples)
         features = _numpy(features[0]) if features else [None] * len(samples)
         maps, scores = _numpy(maps), _numpy(scores)
-        yield Batch(first, samples, maps, scores, features, time.monotonic() - began)
+        yield Batch(numbers[0], samples, maps, scores, features, time.monotonic() - began)
 
 
 def _numpy(tensor):

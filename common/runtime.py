@@ -566,7 +566,7 @@ def training_data(run, args):
             nothing to predict.
     """
     if args.predict:
-        data.need_images(args.predict)
+        data.pictures_of(args.predict)  # found to be there before anything is deleted
         return None, None
     dataset = run.rank0_first(_checked_data, run, args)
     run.say(dataset.reading)
@@ -938,8 +938,7 @@ def precompute(
     Returns:
         (N, ...) tensor, or None when it is not kept.
     """
-    firsts = range(0, len(images), batch_size)
-    batches = [list(range(first, min(first + batch_size, len(images)))) for first in firsts]
+    batches = in_order(len(images), batch_size)
     # rank 0 has batches 1, 1 + world, ..., rank 1 the next ones; number 0 is everybody's, to see
     # how much there will be
     own = [batches[0], *batches[1 + run.rank :: run.world]]
@@ -1036,6 +1035,12 @@ def epoch_order(seed, epoch, n):
 
 
 MOST_WORKERS = 16  # more do not help: docs/gpu.md
+
+
+def in_order(count, batch_size):
+    """The numbers 0 ... count - 1 in lists of `batch_size`; the last one may be shorter."""
+    numbers = list(range(count))
+    return [numbers[first : first + batch_size] for first in range(0, count, batch_size)]
 
 
 def auto_workers(device, dataset):
@@ -1353,11 +1358,10 @@ def _message_of(error):
 
 
 # What is wrong with a disk, a folder or a name, and not with us. (Not all systems know all.)
-OF_THE_SYSTEM = {
-    getattr(errno, name, None)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "EACCES", "EROFS", "EPERM", "ENOTDIR")
-    + ("ENAMETOOLONG", "ELOOP", "EMFILE", "ENFILE")
-}
+NAMES = (
+    "ENOSPC EDQUOT EFBIG EIO ESTALE EACCES EROFS EPERM ENOTDIR ENAMETOOLONG ELOOP EMFILE ENFILE"
+)
+OF_THE_SYSTEM = {getattr(errno, name) for name in NAMES.split() if hasattr(errno, name)}
 
 
 def _one_line(message, *_):

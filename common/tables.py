@@ -164,17 +164,12 @@ def places(data, root):
     """What --data names, part by part: the folder, as `layouts.find` chooses it, or the name of a
     data set that is the same wherever it lies."""
     found = []
-    for part in parts_of(data):
+    for part in layouts.parts_of(data):
         if part in (*BENCHMARKS, "synth"):
             found.append(part)
         else:
             found.append((Path(part) if os.path.isdir(part) else root / part).resolve())
     return found
-
-
-def parts_of(data):
-    """The data sets joined in --data; a folder may have a + in its name."""
-    return [data] if os.path.isdir(data) else data.split("+")
 
 
 def root_of(words):
@@ -817,7 +812,7 @@ def check(args):
             raise UsageError(f"{name} {folder} is a file; name a folder")
     if args.dry_run:
         return
-    for part in parts_of(args.data):
+    for part in layouts.parts_of(args.data):
         if part != "synth":  # which is drawn where it is missing
             layouts.find(part, root_of(args.words))
 

@@ -156,8 +156,7 @@ class Model:
         elif self.args.shift:
             evaluation("shift-none", "--shift", "all")
         if self.args.time and self.steps:
-            first = data.load(self.args.data).classes[0]
-            evaluation("time", "--classes", first)
+            evaluation("time", "--classes", self.args.classes[0])
         return found
 
     def is_complete(self):
@@ -415,11 +414,11 @@ def check(args):
         return
     args.data, args.weights = (path and os.path.abspath(path) for path in (args.data, args.weights))
     dataset = data.load(args.data)
-    args.inputs = inputs_of(dataset, args.weights)
+    args.classes, args.inputs = dataset.classes, inputs_of(dataset, args.weights)
     file = file_of(args.results, args.data, args.teacher)
     for record in read(file):
         other = ""
-        if list(record["classes"]) != dataset.classes or record["minutes"] != args.minutes:
+        if list(record["classes"]) != args.classes or record["minutes"] != args.minutes:
             other = "other classes or another --minutes"
         elif record.get("inputs", args.inputs) != args.inputs:
             other = "other images or other --weights"
