@@ -203,7 +203,7 @@ def compiled(dtype):
     for shapes, build in families:
         for name, shape in shapes.items():
             used = []
-            for arch in aot.SHARED_LIMIT:
+            for arch in aot.ARCHS:
                 used.append([aot.usage(kernel) for kernel in build(shape, dtype, arch)])
             keys = ("registers", "stack", "shared")
             most = (" / ".join(str(max(u[key] for u in one)) for one in used) for key in keys)

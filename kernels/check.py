@@ -341,7 +341,7 @@ def without_gpu(file):
         return done.returncode
     print("Compiled:", flush=True)
     spilled = False
-    for arch in aot.SHARED_LIMIT:
+    for arch in aot.ARCHS:
         shape = bench.ATTENTION["ROADS 64x64, image reads"]
         kernels = bench.compile_attention(shape, torch.float16, arch)
         kernels += bench.compile_cosine(next(iter(bench.COSINE.values())), torch.float16, arch)

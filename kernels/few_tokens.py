@@ -640,7 +640,8 @@ def map_reads_grad_triton(do, x, keys, bias, values, heads, eps):
             *shared, dx, *dx.stride()[:2], M, heads, L, eps, **tile, **registers(255)
         )
         _map_reads_grad_tokens_kernel[(B, heads, splits)](
-            *shared, dk, dv, dk.stride(0), db, db.stride(0), M, heads, L, chunk, eps, **tile
+            *shared, dk, dv, dk.stride(0), db, db.stride(0), M, heads, L, chunk, eps, **tile,
+            num_stages=2,  # Triton's three would need 115 KB at width 512: `aot.SHARED_LIMIT`
         )
         return dx, _sum_parts(dk, keys), _sum_parts(db, bias), _sum_parts(dv, values)
 
