@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from common import options
+from common.folder import temporary_beside
 
 NAME = ".features"
 MAGIC = "anomaly-detection features 1"
@@ -99,7 +100,7 @@ class Entry:
     def write(self, rows):
         """Keep `rows`, a contiguous tensor on the CPU, if there is room; all or nothing, silently."""
         content = _bytes(rows)
-        temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}.tmp")
+        temporary = temporary_beside(self.path)
         with contextlib.suppress(OSError):
             self.folder.path.mkdir(exist_ok=True)
             _sweep(self.folder.path)

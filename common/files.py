@@ -18,6 +18,7 @@ import PIL
 from PIL import Image, UnidentifiedImageError
 
 from common import UsageError, layouts
+from common.folder import write_atomic
 
 # An image of more pixels is refused: decoded it takes a gigabyte. (Pillow's own limit has this value too, but neither
 # names the file nor says what to do.)
@@ -331,13 +332,9 @@ class Memory:
         """Write what is new; silently nothing where there is no place for it."""
         if not self.new:
             return
-        temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}.tmp")
         with contextlib.suppress(OSError):
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(json.dumps({**self.known, **self.new}).encode())
-            os.replace(temporary, self.file)
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)  # of a disk that is full
+            write_atomic(self.file, json.dumps({**self.known, **self.new}).encode())
 
 
 def _cache_folder():

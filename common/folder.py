@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import tempfile
@@ -249,11 +250,17 @@ def short_name(name):
     return f"{encoded[: LONGEST - 9].decode(errors='ignore')}-{digest}"
 
 
+def temporary_beside(path):
+    """A new hidden sibling, in which a file is written until it is whole. The name is drawn: in two
+    containers that share a folder two processes may have one number."""
+    return path.with_name(f".{short_name(path.name)}.{secrets.token_hex(4)}.tmp")
+
+
 def write_atomic(path, content):
     """Bytes -> file, all or nothing: a temporary sibling is written, synced and renamed. An OSError
     names the file itself."""
     path = Path(path)
-    temporary = path.with_name(f".{short_name(path.name)}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         with open(temporary, "wb") as f:
             f.write(content)

@@ -770,6 +770,21 @@ def test_an_error_of_a_write_names_the_file(tmp_path):
     assert error.value.filename == str(tmp_path / "no" / "x.pt")
 
 
+def test_two_writers_do_not_share_a_temporary_file(tmp_path, monkeypatch):
+    """Not even with one process number, as in two containers: the file is one of the two contents, whole."""
+    path, write = tmp_path / "x.pt", folder.os.replace
+
+    def second_comes_first(source, target):
+        monkeypatch.setattr(folder.os, "replace", write)
+        folder.write_atomic(path, b"second")
+        assert path.read_bytes() == b"second"
+        write(source, target)
+
+    monkeypatch.setattr(folder.os, "replace", second_comes_first)
+    folder.write_atomic(path, b"first")
+    assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"null", b"[1]", b"3", b'"x"', b"\xff\xfe"])
 def test_json_of_another_shape_is_a_line(content, tmp_path):
     """Files of ours that somebody else has written, or cut."""
