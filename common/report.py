@@ -219,7 +219,7 @@ def _result(run, args, dataset, found, setting, seconds, paper, compare):
         result["compare"] = {name: _three_views(rep) for name, rep in compare.items()}
     times = {"train": round(seconds, 1), "score": round(found.seconds, 4)}
     result |= {"paper": paper, "images": len(found.rows), "seconds": times,
-               "versions": runtime.environment(), "seed": args.seed, "commit": current_commit()}
+               "versions": run.environment(), "seed": args.seed, "commit": current_commit()}
     if run.speed:  # a model was trained, not only evaluated
         result["speed"] = run.speed
     if dataset.problems:

@@ -117,6 +117,10 @@ class Run:
         seed = int(sequence.generate_state(1, np.uint64)[0])
         torch.manual_seed(seed >> 1)  # 63 bits: torch takes no more
 
+    def environment(self):
+        """Versions, machine and --amp as it was decided here, for metrics.json."""
+        return {**environment(), "amp": self.amp}
+
     def autocast(self):
         enabled = self.amp == "bf16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
@@ -1233,7 +1237,7 @@ def check_normal_score(args, state, names):
 
 
 def environment():
-    """Versions and machine, for metrics.json."""
+    """Versions and machine."""
     from importlib.metadata import PackageNotFoundError, version
 
     system = f"{platform.system()} {platform.machine()}"

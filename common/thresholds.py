@@ -67,7 +67,7 @@ def without_test_images(run, args, dataset, score, state):
         "quantile": QUANTILE,
         "held out": len(run.held_out),
         "seconds": {"train": round(state["seconds"], 1)},
-        "versions": runtime.environment(),
+        "versions": run.environment(),
         "seed": args.seed,
         "commit": current_commit(),
     }

@@ -47,6 +47,7 @@ def check_files(finished, method):
     assert set(result) - {"shift", "compare", "problems"} == {
         "method", "data", "setting", "classes", "mean", "mixed", "paper", "images", "seconds", "speed", "versions",
         "seed", "commit"}
+    assert result["versions"]["amp"] in ("off", "bf16")  # what --amp auto has become
     for speed in result["speed"].values():
         assert speed["images_per_s"] > 0 and 0 <= speed["data_wait"] <= 1
     assert result["method"] == method and result["images"] == 8 * 7 and result["paper"] is None

@@ -524,6 +524,15 @@ def test_options_reach_the_run(tmp_path, monkeypatch):
     assert run.compile is True and run.amp == "bf16" and run.depths == {}
 
 
+@pytest.mark.parametrize("hardware, amp", [(True, "bf16"), (False, "off")])
+def test_what_auto_has_become_is_kept(hardware, amp, tmp_path, monkeypatch):
+    """Two machines with one command may have computed in different numbers: metrics.json tells."""
+    monkeypatch.setattr(runtime, "_has_bf16", lambda device: hardware)
+    words = "--amp", "auto", "--device", "cpu", "--threads", "1", "--out", str(tmp_path / "run")
+    run = runtime.start(parse(*words), "method")
+    assert run.amp == run.environment()["amp"] == amp
+
+
 def test_a_gpu_computes_frozen_networks_in_bf16_with_amp():
     """What `Run.place` asks for on a GPU, here on the CPU: bfloat16 outputs near the float32 ones, whose maps
     `Pyramid.maps` gives in float32; on a CPU it asks for nothing."""
