@@ -362,14 +362,16 @@ def shift_table(found):
     for metric in ("i_auroc", "p_aupro"):
         rows = []
         for title, records in by_row(found):
-            cells = [title, spread([r["mean"][metric] for r in records])]
+            seeds = ", ".join(str(r["seed"]) for r in records)
+            cells = [title, seeds, spread([r["mean"][metric] for r in records])]
             for condition in conditions:
                 cells.append(spread([r["shift"][condition]["mean"][metric] for r in records]))
             means = []
             for r in records:
                 means.append(statistics.mean(part["mean"][metric] for part in r["shift"].values()))
             rows.append([*cells, spread(means)])
-        parts.append(grid([papers.QUALITY[metric], "clean", *names, "shifted, mean"], rows))
+        heads = [papers.QUALITY[metric], "seed", "clean", *names, "shifted, mean"]
+        parts.append(grid(heads, rows))
     return "\n\n".join(parts)
 
 
