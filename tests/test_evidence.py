@@ -53,7 +53,7 @@ def test_rows_are_trained_asked_and_kept(small, tiny_data, tmp_path, capsys):
     assert [len(record.get("shift", ())) for record in found] == [0, 0, 0, 0, 0, 4]
     assert [record.get("ms", 0) > 0 for record in found] == [False] * 3 + [True] * 3
     printed = capsys.readouterr().out
-    assert "python omniad.py" in printed and "| Omni-AD | 1 |" in printed and "| P-AUPRO | clean |" in printed
+    assert "python omniad.py" in printed and "| Omni-AD | 1 |" in printed and "| P-AUPRO | seed | clean |" in printed
     assert not list(tmp_path.glob("runs/*/model/maps"))
     evidence.main([*words, "--rows", "revdist,omniad"])
     assert "python " not in capsys.readouterr().out
