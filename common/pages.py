@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from common import UsageError, data, metrics, pictures
-from common.folder import read_json
+from common.folder import read_json, temporary_beside
 
 THUMBNAIL = 160  # pixels of a picture's longer side
 FAILURES = 12  # at most so many misses of a class are shown, and as many false alarms
@@ -183,7 +183,7 @@ class Predictions:
         """The page, highest score first, those without a score last."""
         before, after = document(f"{method}: predictions", "FIGURES").split("FIGURES")
         ordered = sorted(self.places, key=lambda place: (place[0] is None, -(place[0] or 0)))
-        unfinished = path.with_name(f".{path.name}.tmp")
+        unfinished = temporary_beside(path)
         with open(unfinished, "wb") as page:
             page.write((before + self._head(method, threshold, pixel_threshold)).encode())
             for _, offset, length in ordered:
