@@ -9,10 +9,12 @@
 A row is one training, and what is asked of the trained model: its maps calibrated by CADA, without
 class labels ("cada") or with them ("given"), and, with --shift, the same images under four shifts. What a
 command leaves is in --runs, where an interrupted training goes on; what counts is kept in
-docs/results/DATA-TEACHER.json, a list with one record for each model, seed and calibration:
+docs/results/DATA-TEACHER.json, a list with one record for each row, budget, seed and calibration:
 
     row, seed, calibration      what it is: a name of `ROWS`; none, given or cada
-    minutes, steps, commit, command
+    minutes, steps              of training on one thread; 0: nothing is trained
+    commit, command
+    amp                         off or bf16, as --amp was decided there; not there in an older record
     inputs                      digests of what it was trained with: names and sizes of the images; the weights; not
                                 there in an older record
     mean, mixed                 seven metrics, per cent: over classes; of all images in one pool
@@ -40,6 +42,7 @@ from common.options import exit_with
 RESULTS = Path(__file__).resolve().parent / "results"
 TEACHERS = ("resnet18", "efficientnet_lite0")
 METRICS = ("i_auroc", "p_auroc", "p_ap", "p_aupro")  # columns of the first table
+MINUTES = 10  # the protocol's budget; in the tables a row of another one says so
 
 
 @dataclass(frozen=True)
@@ -108,13 +111,17 @@ class Model:
         return ROWS[self.name]
 
     @property
+    def minutes(self):
+        return self.args.minutes if any(self.row.pace) else 0
+
+    @property
     def steps(self):
-        return self.row.pace[TEACHERS.index(self.args.teacher)] * self.args.minutes
+        return self.row.pace[TEACHERS.index(self.args.teacher)] * self.minutes
 
     def folder(self, part):
         """Another one for other options, data or steps."""
         digest = hashlib.sha1(os.fsencode("\0".join(self.words()))).hexdigest()
-        name = f"{self.name}-{self.args.teacher}-{self.args.minutes}min-seed{self.seed}-{digest[:8]}"
+        name = f"{self.name}-{self.args.teacher}-{self.minutes}min-seed{self.seed}-{digest[:8]}"
         return self.args.runs.resolve() / name / part
 
     def words(self):
@@ -188,10 +195,11 @@ def records(model, results):
             "row": model.name,
             "seed": model.seed,
             "calibration": calibration,
-            "minutes": model.args.minutes,
+            "minutes": model.minutes,
             "inputs": model.args.inputs,
             "steps": model.steps,
             "commit": trained["commit"],
+            "amp": trained["versions"]["amp"],
             "command": " ".join(["python", *anonymous(model)]),
             "parameters": trained["setting"].get("parameters", 0),
             "seconds": trained["seconds"]["train"],
@@ -274,17 +282,17 @@ def inputs_of(dataset, weights):
 def write(file, found):
     """One record a line, in the order of the table, so that a change shows what is new."""
     order = list(ROWS)
-    found.sort(key=lambda r: (order.index(r["row"]), r["calibration"], r["seed"]))
+    found.sort(key=lambda r: (order.index(r["row"]), r["minutes"], r["calibration"], r["seed"]))
     lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in found)
     # What is no UTF-8 in a name is written as \udc.., as JSON has it.
     write_atomic(file, f"[\n{lines}\n]\n".encode(errors="backslashreplace"))
 
 
 def replaced(found, new):
-    """The records with those of the same model, seed and calibration replaced. What a record of the
-    same commit has and the new one was not asked for, shifts or times, stays."""
+    """The records with those of the same model, budget, seed and calibration replaced. What a record of
+    the same commit has and the new one was not asked for, shifts or times, stays."""
     def key(record):
-        return record["row"], record["seed"], record["calibration"]
+        return record["row"], record["minutes"], record["seed"], record["calibration"]
 
     known = {key(record): record for record in found}
     for record in new:
@@ -312,9 +320,14 @@ def grid(heads, rows):
 
 
 def by_row(found):
-    """[(title, the row's records)] of the rows that have any, in the order of `ROWS`."""
-    pairs = [(about.title, [r for r in found if r["row"] == name]) for name, about in ROWS.items()]
-    return [(title, records) for title, records in pairs if records]
+    """[(title, the records of a row and a budget)] of those that there are, in the order of `ROWS`."""
+    pairs = []
+    for name, about in ROWS.items():
+        of_row = [r for r in found if r["row"] == name]
+        for minutes in sorted({r["minutes"] for r in of_row}):
+            title = about.title if minutes in (0, MINUTES) else f"{about.title}, {minutes} min"
+            pairs.append((title, [r for r in of_row if r["minutes"] == minutes]))
+    return pairs
 
 
 def main_table(found):
@@ -391,7 +404,8 @@ def parse(argv):
     parser.add_argument("--weights", default="", help="file of its weights")
     parser.add_argument("--seeds", default="0", help="separated by commas (default: 0)")
     parser.add_argument("--rows", default=",".join(ROWS), help="some of them, separated by commas")
-    parser.add_argument("--minutes", type=int, default=10, help="of training on one thread (10)")
+    parser.add_argument("--minutes", type=int, default=MINUTES,
+                        help="of training on one thread (default: %(default)s)")
     parser.add_argument("--shift", action="store_true", help="the same images under four shifts too")
     parser.add_argument("--time", action="store_true", help="ms of a test image too, on one thread")
     parser.add_argument("--jobs", type=int, default=1, help="models at once, a thread each")
@@ -420,8 +434,8 @@ def check(args):
     file = file_of(args.results, args.data, args.teacher)
     for record in read(file):
         other = ""
-        if list(record["classes"]) != args.classes or record["minutes"] != args.minutes:
-            other = "other classes or another --minutes"
+        if list(record["classes"]) != args.classes:
+            other = "other classes"
         elif record.get("inputs", args.inputs) != args.inputs:
             other = "other images or other --weights"
         if other:
