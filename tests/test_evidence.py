@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -142,6 +143,23 @@ def test_another_budget_is_another_row(small, tiny_data, tmp_path, capsys):
     usual = [record | {"minutes": evidence.MINUTES} for record in found[:3]]
     assert "| distillation | 1 |" in evidence.main_table(usual)
     assert evidence.main_table([record | {"minutes": 0} for record in usual]) == evidence.main_table(usual)
+
+
+def test_what_the_page_says_of_calibration():
+    """The counts in "What holds of the papers' claims" are those of all models that were calibrated."""
+    page = " ".join(PAGE.read_text().split())
+    falls = []
+    for teacher, name in (("efficientnet_lite0", "Lite0"), ("resnet18", "the ResNet")):
+        models = {}
+        for record in evidence.read(evidence.RESULTS / f"real-{teacher}.json"):
+            model = record["row"], record["minutes"], record["seed"]
+            models.setdefault(model, {})[record["calibration"]] = record
+        models = [model for model in models.values() if "cada" in model]
+        beaten = [m["cada"]["mixed"]["i_auroc"] > m["given"]["mixed"]["i_auroc"] for m in models]
+        assert re.search(f"in {sum(beaten)} of {len(models)} (models )?with {name}", page)
+        falls += [m["none"]["mean"]["i_auroc"] - m["cada"]["mean"]["i_auroc"] for m in models]
+    worst = [fall for fall in falls if fall > 0]
+    assert f"falls in {len(worst)} of these {len(falls)} models, by {max(worst):.1f} at most" in page
 
 
 def test_results_of_other_data_are_not_mixed(small, tiny_data, tmp_path):
