@@ -112,6 +112,7 @@ class Model:
 
     @property
     def minutes(self):
+        """Of training; 0 where nothing is trained."""
         return self.args.minutes if any(self.row.pace) else 0
 
     @property
