@@ -44,7 +44,7 @@ except ImportError:  # Windows
     fcntl = None
 
 from common import UsageError, layouts, papers
-from common.folder import current_commit, read_json, write_atomic
+from common.folder import current_commit, read_json, temporary_beside, write_atomic
 from common.layouts import BENCHMARKS
 from common.options import default_preset, exit_with
 
@@ -305,12 +305,15 @@ class Runner:
         path = training.folder / "costs.txt"
         if path.is_file():
             return
-        unfinished = training.folder / "costs.txt.tmp"
-        status = self._wait(training.costs_command(), unfinished)
-        if status == 0:
-            unfinished.rename(path)
-        elif not self.stopped:
-            self._fail(training.folder, f"--flops: {last_line(unfinished)}")
+        unfinished = temporary_beside(path)
+        try:
+            status = self._wait(training.costs_command(), unfinished)
+            if status == 0:
+                unfinished.replace(path)
+            elif not self.stopped:
+                self._fail(training.folder, f"--flops: {last_line(unfinished)}")
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     def _wait(self, command, output, lock=None):
         """Exit status of the command, after its end; what it prints is in the file `output`."""

@@ -523,6 +523,17 @@ def test_a_table_with_omniad_itself(tiny_data, tmp_path, monkeypatch, capsys):
     again = capsys.readouterr().out
     assert again.count("finished before") == 2 and "python " not in again
     assert again[again.index("| row") :] == first[first.index("| row") :]
+    assert not list(folder.parent.glob("**/*.tmp"))
+
+
+def test_a_failed_count_of_costs_is_told_and_leaves_nothing(tmp_path):
+    """Two tables may count the same model at once: what is unfinished has a drawn name, and goes."""
+    words = ("-c", "import sys; sys.exit('no such model')")
+    training = SimpleNamespace(folder=tmp_path, costs_command=lambda: words)
+    runner = tables.Runner(1)
+    runner._costs(training)
+    assert runner.failed == {tmp_path: "--flops: no such model"}
+    assert not list(tmp_path.iterdir())
 
 
 def test_data_of_one_name_are_not_one(monkeypatch):
