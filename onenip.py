@@ -30,7 +30,9 @@ Where this file differs from the paper (P) or from the authors' code (C), and wh
      P does not show them.
   3. Losses: C averages restoration and reconstruction, so that L_rec : L_res : L_seg = 1 : 1 : 1.
      Default as C (it gave the numbers); --loss-weights paper is P Eq. 8 with λ = 0.5. Likewise
-     --dice code|paper|smooth (C has no factor 2 and smooths by 1).
+     --dice code|paper|smooth (C has no factor 2 and smooths by 1). L_rec and L_res are as large as
+     the features' variance, L_seg is at most 1: where the features are small, as a ResNet's are,
+     L_seg outweighs them and little is reconstructed, but with --loss-weights relative (in neither).
   4. c puts M̂ on the scale of S_rec; P has none. C takes (max + min)/2 of S_rec over the whole *test
      set*. Here over training images and pseudo-anomalies: nothing is learned from the test set;
      --score-scale test is C (with --shift that of the clean images), none is P.
@@ -141,9 +143,11 @@ class Args(Options):
     )
     loss_weights: str = option(
         "code",
-        "L_rec : L_res : L_seg = 1:1:1 (code) or 1:1:0.5 (paper, Eq. 8)",
+        "L_rec : L_res : L_seg = 1:1:1 (code) or 1:1:0.5 (paper, Eq. 8); relative: as code, but the "
+        "first two count as if the features were as large as EfficientNet-Lite0's, whatever the "
+        "backbone",
         group="training",
-        choices=("code", "paper"),
+        choices=("code", "paper", "relative"),
     )
     dice: str = option(
         "code",
@@ -586,28 +590,39 @@ def dice_loss(predicted, mask, form):
     return (1 - (overlap + 1) / (squares + 1)).mean()
 
 
-def losses(model, normal, synthetic, prompt, mask, args):
+def losses(model, normal, synthetic, prompt, mask, args, balance=1.0):
     """Reconstruction, restoration, segmentation. Both of the first have the *normal* features,
     before jitter, as target.
 
     Args:
         normal, synthetic, prompt: as `OneNIP.forward` takes them.
         mask: of the pseudo-anomalies, (B, S, S) in {0, 1}; normal images have an empty one.
+        balance: what the first two are multiplied by (departure 3).
     Returns:
         The total and {"rec", "res", "seg"} (scalars; parts that are not trained are left out).
     """
     reconstructed, restored, predicted = model(normal, synthetic, prompt)
     parts = {"rec": F.mse_loss(reconstructed, normal)}  # Eq. 4
-    total = parts["rec"]
+    total = balance * parts["rec"]
     if args.restoration:
         parts["res"] = F.mse_loss(restored, normal)  # Eq. 5
-        total = total + parts["res"]
+        total = total + balance * parts["res"]
     if args.refiner:
         masks = torch.cat([torch.zeros_like(mask), mask])  # (2B, S, S)
         parts["seg"] = dice_loss(predicted, masks, args.dice)  # Eq. 7
-        weight = 1.0 if args.loss_weights == "code" else 0.5  # λ
+        weight = 0.5 if args.loss_weights == "paper" else 1.0  # λ
         total = total + weight * parts["seg"]  # Eq. 8
     return total, parts
+
+
+def balance_of(features):
+    """--loss-weights relative: what L_rec and L_res are multiplied by, 32 / V.
+
+    features: of training images, (N, C, h, w). V: their variance about the means of their channels;
+    EfficientNet-Lite0's have 32, with which 1:1:1 works.
+    """
+    variance = features.var((0, 2, 3), correction=0).mean().item()
+    return 32.0 / max(variance, 1e-6)  # not infinite for images of one colour
 
 
 # -------------------------------------------------------------------------------- pseudo-anomalies
@@ -1003,6 +1018,9 @@ def train(args, run, features, model, images, dataset):
     bank = None
     if args.bank and stream.synthetic and steps:
         bank = Bank(args, run, features, stream)
+    balance = 1.0
+    if args.loss_weights == "relative":
+        balance = balance_of(frozen(stream.first(64)))
     if args.init == "pca" and not job.resumed:
         model.start_at_axes(frozen(stream.first(64)))
 
@@ -1022,7 +1040,7 @@ def train(args, run, features, model, images, dataset):
             synthetic = features(run.to_device(batch["synthetic"]["image"]))
             mask = run.to_device(batch["synthetic"]["mask"]).float()  # (B, S, S)
         with run.autocast():
-            loss, parts = losses(parallel, normal, synthetic, prompt, mask, args)
+            loss, parts = losses(parallel, normal, synthetic, prompt, mask, args, balance)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if args.clip > 0:

@@ -87,9 +87,11 @@ ROWS = {
 }
 CALIBRATION = ()  # options for the calibration of another script's maps: none but the preset's
 # By script, what the presets, made for EfficientNet-Lite0, have otherwise: reverse distillation's loss as in its
-# authors' code; Omni-AD's recipe for maps of unequal magnitude, chosen on training images (docs/measured.md).
+# authors' code; OneNIP's losses for features of another size, and Omni-AD's recipe for maps of unequal magnitude, both
+# chosen on training images (docs/measured.md).
 FOR_RESNET = {
     "cada": ("--cosine", "flat"),
+    "onenip": ("--loss-weights", "relative"),
     "roads": ("--distance", "flat"),
     "omniad": ("--standardize", "--clip", "0.2", "--lr", "5e-4"),
 }

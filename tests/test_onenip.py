@@ -263,21 +263,33 @@ def test_dice_loss_of_a_perfect_mask():
     assert [round(onenip.dice_loss(mask, mask, form).item(), 2) for form in ("paper", "smooth", "code")] == [0, 0, 0.5]
 
 
-@pytest.mark.parametrize("weights, factor", [("code", 1.0), ("paper", 0.5)])
-def test_total_loss(weights, factor):
+@pytest.mark.parametrize("weights, factor, balance", [("code", 1.0, 1.0), ("paper", 0.5, 1.0), ("relative", 1.0, 8.0)])
+def test_total_loss(weights, factor, balance):
     """Eq. 8: L_rec + L_res + λ L_seg; both feature losses have the normal features as target; L_seg runs over the
     normal images (empty mask) and the pseudo-anomalies."""
     model, args = make(loss_weights=weights, jitter=0.0)
     normal, synthetic, prompt = batch()
     mask = (torch.rand(3, 64, 64) > 0.9).float()
     model.eval()  # fixed batch statistics, so that two passes agree
-    total, parts = onenip.losses(model, normal, synthetic, prompt, mask, args)
+    total, parts = onenip.losses(model, normal, synthetic, prompt, mask, args, balance)
     reconstructed, restored, predicted = model(normal, synthetic, prompt)
     rec, res = ((reconstructed - normal) ** 2).mean(), ((restored - normal) ** 2).mean()
     seg = (sum(onenip.dice_loss(predicted[i:i + 1], torch.zeros(1, 64, 64), "code") for i in range(3)) +
            sum(onenip.dice_loss(predicted[3 + i:4 + i], mask[i:i + 1], "code") for i in range(3))) / 6
     torch.testing.assert_close(torch.stack([parts["rec"], parts["res"], parts["seg"]]), torch.stack([rec, res, seg]))
-    torch.testing.assert_close(total, rec + res + factor * seg)
+    torch.testing.assert_close(total, balance * (rec + res) + factor * seg)
+
+
+def test_relative_losses_do_not_depend_on_the_size_of_the_features():
+    """--loss-weights relative: the errors of features a hundred times as small count as much; a variance of 32 counts
+    as with code, and images of one colour give a number."""
+    features = torch.randn(8, 5, 4, 4) * torch.arange(1, 6)[:, None, None] + 7
+    for k in (1.0, 0.01):
+        small, rebuilt = features * k, features * k + k * torch.ones_like(features)
+        error = onenip.balance_of(small) * (rebuilt - small).square().mean()
+        variance = features.var((0, 2, 3), correction=0).mean()
+        torch.testing.assert_close(error, 32 / variance)
+    assert math.isfinite(onenip.balance_of(torch.ones(2, 3, 4, 4)))
 
 
 def test_ablations_drop_their_loss():
@@ -768,7 +780,8 @@ def test_second_run_and_evaluation_of_the_checkpoint_are_identical(finished, tin
 def test_metrics_by_epoch_change_nothing_and_end_at_the_result(tiny_data, tmp_path, command, metrics_of, monkeypatch):
     """--eval-every: the test metrics on the way are lines of the log; weights and result are those of the run without
     it, and the last line is the result itself. An interrupted and resumed run has the same lines."""
-    words = ("--data", tiny_data, *SMALL, "--classes", "screw,capsule", "--dropout", 0.1)  # 12 images, 8 a step
+    words = ("--data", tiny_data, *SMALL, "--classes", "screw,capsule",  # 12 images, 8 a step
+             "--dropout", 0.1, "--loss-weights", "relative")
     every = ("--eval-every", 1.4, "--steps", 12)  # 3 steps
     assert command("onenip", *words, "--out", tmp_path / "plain").status == 0
     assert command("onenip", *words, *every, "--out", tmp_path / "run").status == 0
@@ -900,7 +913,7 @@ def test_corruption_and_options_at_evaluation(finished, tmp_path, command, metri
 @pytest.mark.parametrize("words", [
     ("--prompt", "none"), ("--prompt", "static"), ("--no-restoration",), ("--no-refiner",),
     ("--no-refiner", "--no-restoration"), ("--prompt-train", "fixed"), ("--memory-share", 0), ("--amp", "bf16"),
-    ("--dropout", 0.1),
+    ("--dropout", 0.1), ("--loss-weights", "relative"),
     ("--bank", 2)])
 def test_every_ablation_runs(words, tiny_data, tmp_path, command, metrics_of):
     """Every row of Tables 2 to 4 is one flag; memory that is too small changes the way, not the result's form."""
