@@ -808,6 +808,7 @@ def test_metrics_by_epoch_change_nothing_and_end_at_the_result(tiny_data, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(onenip, "losses", interrupted)
         assert command("onenip", *words, *every, "--out", tmp_path / "resumed").status == 130
+    assert {inputs[-1] for inputs in seen} != {1.0}  # --loss-weights relative reaches the losses
     assert command("onenip", "--resume", "--out", tmp_path / "resumed").status == 0
     again = contract.read_log(tmp_path / "resumed")
     assert [line for line in again if "test" in line] == tests and len(again) == len(log)
