@@ -80,7 +80,7 @@ ROWS = {
     "omniad": row("Omni-AD", "omniad --image-size 256", 75, 130),
     "roads-0": row("ROADS-0, distillation alone", f"{ROADS} --no-prompts --no-adapter", 70, 330),
     "roads-1": row("ROADS-1, adapter", f"{ROADS} --no-prompts", 55, 130),
-    "roads-1-mu0": row("the same, μ = 0", f"{ROADS} --no-prompts --mu 0", 55, 130),
+    "roads-1-mu0": row("ROADS-1, μ = 0", f"{ROADS} --no-prompts --mu 0", 55, 130),
     "roads-2": row("ROADS-2, prompts", f"{ROADS} --no-adapter", 50, 150),
     "roads-3": row("ROADS", ROADS, 40, 80),
     "roads-in": row("ROADS, instance norm", f"{ROADS} --adapter instance-norm", 40, 140),
